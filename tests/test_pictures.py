@@ -1,0 +1,58 @@
+"""Grids and sliders: what they show, and what a browser without a kernel gets."""
+import base64
+import io
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+
+def test_grid_is_rgb_with_white_lines(nb):
+    picture = nb.grid(torch.full((6, 1, 4, 4), -1.0), 3)
+    assert picture.shape == (11, 16, 3) and picture.dtype == torch.uint8
+    assert picture[0].min() == 255 and picture[1:5, 1:5].max() == 0
+    assert nb.grid(torch.zeros(2, 3, 4, 4), 2).shape == (6, 11, 3)
+
+
+def test_png_keeps_the_picture(nb):
+    picture = nb.grid(torch.linspace(-1, 1, 28 * 28).view(1, 1, 28, 28), 1)
+    back = Image.open(io.BytesIO(nb.png(picture))).convert("RGB")
+    back = torch.frombuffer(bytearray(back.tobytes()), dtype=torch.uint8).view(picture.shape)
+    assert (back.int() - picture.int()).abs().max() <= 16
+
+
+def test_frame_slider_holds_every_frame_and_needs_nothing_else(nb):
+    frames = [nb.grid(torch.full((1, 1, 4, 4), v), 1) for v in (-1.0, 0.0, 1.0)]
+    html = nb.frame_slider(frames, ["t = 0", "t = 1", "t = 2"], "timestep", 100).data
+    assert html.count("<img") == 3 and html.count("display:none") == 2
+    assert 'data-lm-suppress-shortcuts="true"' in html and 'aria-label="timestep"' in html
+    assert 'max="2"' in html and not re.search(r"https?://", html)
+    for data in re.findall(r"base64,([^\"]+)", html):
+        Image.open(io.BytesIO(base64.b64decode(data))).verify()
+    assert html == nb.frame_slider(frames, ["t = 0", "t = 1", "t = 2"], "timestep", 100).data
+
+
+def test_frame_slider_wants_a_name_for_each_frame(nb):
+    with pytest.raises(nb.ReaderError, match="one name for each frame"):
+        nb.frame_slider([torch.zeros(4, 4, 3, dtype=torch.uint8)], [], "t", 10)
+
+
+def test_live_slider_redraws_for_each_control(nb):
+    images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
+    t, row, view, text = nb.noising_slider(images, 100, 0).children
+    schedule, index = row.children
+    seen = {bytes(view.value)}
+    for control, value in ((t, 90), (schedule, "linear"), (index, 3), (t, 0), (t, 100)):
+        control.value = value
+        seen.add(bytes(view.value))
+    assert len(seen) == 6 and "eps" in text.value
+
+
+def test_live_slider_agrees_with_the_forward_process(nb):
+    images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
+    t, row, view, text = nb.noising_slider(images, 100, 0).children
+    t.value = 0
+    shown = Image.open(io.BytesIO(view.value)).convert("L")
+    left, right = shown.crop((0, 0, 170, 170)), shown.crop((338, 0, 508, 170))
+    assert left.tobytes() == right.tobytes()  # at t = 0 the mixture is the image
