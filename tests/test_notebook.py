@@ -165,6 +165,12 @@ def test_mnist_by_one_word(tmp_path):
     assert "MNIST, profile smoke" in shown and "Fashion" not in shown
 
 
+def test_changes_that_the_exercises_ask_for(tmp_path):
+    shutil.copytree(ROOT / "assets/data/FashionMNIST", tmp_path / "assets/data/FashionMNIST")
+    changes = 'CHANGES = dict(sample_steps=100, predict="eps", schedule="linear", heads=2)'
+    run(ROOT / "diffusion_tutorial.ipynb", tmp_path, words={"CHANGES = {}": changes})
+
+
 def test_alone_and_offline_it_says_what_it_needs(tmp_path):
     with pytest.raises(CellExecutionError, match="connect to the network") as stopped:
         run(ROOT / "diffusion_tutorial.ipynb", tmp_path)

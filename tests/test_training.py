@@ -210,8 +210,9 @@ def test_named_checkpoint_loads_and_unknown_names_list_the_known(nb, tiny, tmp_p
     state = nb.State(tiny, 1, CPU)
     nb.train(state, IMAGES, LABELS, nb.make_alpha_bar("cosine", tiny.T), tiny, folder)
     x, t = torch.randn(2, 1, 28, 28), torch.tensor([5, 40])
-    loaded = nb.load_model(folder.name, nb.Config(), 1, CPU)
+    loaded, its = nb.load_model(folder.name, nb.Config(), 1, CPU)
     assert torch.equal(loaded(x, t), state.ema(x, t))
+    assert its.T == tiny.T and its.widths == list(tiny.widths)
     with pytest.raises(nb.ReaderError, match=folder.name):
         nb.load_model("nothing", tiny, 1, CPU)
 
