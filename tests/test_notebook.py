@@ -112,6 +112,15 @@ def test_sizes(book):
     assert tracked <= 54 * 2 ** 20
 
 
+def test_parts_stay_within_their_number_of_cells(book):
+    parts = [0]
+    for cell in book.cells:
+        if cell.cell_type == "markdown" and re.match(r"# Part [2-9]", cell.source):
+            parts.append(0)
+        parts[-1] += cell.cell_type == "code"
+    assert parts[0] <= 45 and max(parts[1:], default=0) <= 25 and sum(parts) <= 110
+
+
 def test_functions_read_no_global_variable(book):
     """Functions use only their arguments, imports and other definitions."""
     known, bodies = set(dir(builtins)), []

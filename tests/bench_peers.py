@@ -1,0 +1,187 @@
+"""Ours beside two peers: equal wall time and equal steps. Run by hand, half an hour:
+
+    python tests/bench_peers.py
+
+- peer: diffusers' UNet2DModel as in the Hugging Face diffusion course, unit 1 (channels
+  32-64-64, attention in the lower two levels), batch 128, Adam's rate 1e-3, eps, linear betas;
+- reference: the same library's network at half resolution (widths 32-64, attention at
+  7 x 7), v, cosine, batch 128, rate 2e-3, EMA 0.995;
+- ours: the notebook's Config.
+
+All three see the same images and labels, with the same share of labels dropped, and get the
+same conveniences: the notebook's loop (AdamW, warm-up, cosine decay, clipping, EMA with
+warm-up, 16-bit arithmetic where native) and the faster memory layout of two. The peers sample
+by DDIM with trailing steps, ours as in the notebook (eta = 1); labels at random, no guidance.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, load_definitions
+from diffusers import UNet2DModel
+from torch import nn
+from torchvision.utils import save_image
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class Peer(nn.Module):
+    """UNet2DModel of the Hugging Face course, unit 1, behind the notebook's interface."""
+
+    fold = 1
+    sizes = dict(block_out_channels=(32, 64, 64), layers_per_block=2,
+                 down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                 up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+
+    def __init__(self, cfg, channels=1, dtype=None):
+        """As the notebook's networks; nothing of cfg is used."""
+        super().__init__()
+        self.dtype = dtype
+        self.net = UNet2DModel(28 // self.fold, channels * self.fold ** 2,
+                               channels * self.fold ** 2, num_class_embeds=11, **self.sizes)
+
+    def forward(self, x_t, t, y=None):
+        """The prediction; their timestep is our t - 1."""
+        y = torch.full_like(t, 10) if y is None else y
+        with torch.autocast(x_t.device.type, self.dtype, enabled=self.dtype is not None):
+            h = self.net(F.pixel_unshuffle(x_t, self.fold), t - 1, y).sample
+        return F.pixel_shuffle(h, self.fold).float()
+
+
+class Reference(Peer):
+    """The reference recipe's network: half resolution, widths 32-64, attention at 7 x 7."""
+
+    fold = 2
+    sizes = dict(block_out_channels=(32, 64), layers_per_block=2,
+                 down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                 up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+
+
+def prepare(nb, network, cfg, data):
+    """The faster layout of a network, and its seconds per training step."""
+    found = {}
+    for name, layout in LAYOUTS.items():
+        state = nb.State(cfg, 1, torch.device("cpu"), network)
+        state.model.to(memory_format=layout)
+        for step in range(4):
+            if step == 1:
+                started = time.perf_counter()
+            nb.train_step(state, nb.make_batch(*data, step, cfg),
+                          nb.make_alpha_bar(cfg.schedule, cfg.T), cfg)
+        found[name] = (time.perf_counter() - started) / 3
+    return min(found, key=found.get), min(found.values())
+
+
+def train(nb, name, network, cfg, data, layout):
+    """A State after cfg.steps, and the seconds it took."""
+    state = nb.State(cfg, 1, torch.device("cpu"), network)
+    for model in (state.model, state.ema):
+        model.to(memory_format=LAYOUTS[layout])
+    alpha_bar = nb.make_alpha_bar(cfg.schedule, cfg.T)
+    started = time.perf_counter()
+    for step in range(cfg.steps):
+        loss = nb.train_step(state, nb.make_batch(*data, step, cfg), alpha_bar, cfg)
+        if step % max(1, cfg.steps // 5) == 0:
+            print(f"  {name}: step {step} of {cfg.steps}, loss {loss:.3f}", flush=True)
+    return state, time.perf_counter() - started
+
+
+def evaluate(nb, state, cfg, eta, args, net, real_test, floor):
+    """FID, its excess, samples per second, and 32 pictures; labels at random."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randint(10, (args.samples,), generator=generator)
+    alpha_bar, parts = nb.make_alpha_bar(cfg.schedule, cfg.T), []
+    started = time.perf_counter()
+    for part, labels in enumerate(y.split(250)):
+        x_T = nb.noise((len(labels), 1, 28, 28), 10 + part)
+        parts.append(nb.to_uint8(nb.final(nb.sample(
+            state.ema, x_T, alpha_bar, cfg.predict, args.calls, eta, y=labels,
+            seed=1000 + part))))
+    seconds = time.perf_counter() - started
+    images = torch.cat(parts)
+    score = nb.fid(real_test, nb.features_of(net, images))
+    return {"FID": round(score, 3), "excess": round(score - floor, 3),
+            "sampled images per second": round(args.samples / seconds, 2)}, images[:32]
+
+
+def main():
+    """Train, sample, print and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--calls", type=int, default=50, help="network calls per sample")
+    parser.add_argument("--out", default=str(ROOT / "assets/results/peers.json"))
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    nb = load_definitions("diffusion_tutorial")
+    loaded = nb.load_images("FashionMNIST", True)
+    data = loaded.data[:-5000], loaded.targets[:-5000]
+    net = nb.Classifier().eval()
+    net.load_state_dict(nb.read_checkpoint(
+        ROOT / "assets/weights/classifier-fashionmnist.pt")["classifier"])
+    real_test = nb.features_of(net, nb.load_images("FashionMNIST", False).data)
+    floor, sd = nb.spread(real_test, nb.features_of(net, loaded.data[-10_000:]), args.samples)
+    noise = nb.to_uint8(torch.randn(2000, 1, 28, 28))
+    ceiling = nb.fid(real_test, nb.features_of(net, noise))
+    print(f"N = {args.samples}: floor {floor:.3f} +- {sd:.3f}, ceiling {ceiling:.1f}")
+
+    ours = nb.make_config("cpu", "FashionMNIST")
+    plain = replace(ours, batch=128)
+    contenders = {
+        "peer": (Peer, 0.0, replace(plain, lr=1e-3, schedule="linear", predict="eps",
+                                    ema_decay=0.995)),
+        "reference": (Reference, 0.0, replace(plain, lr=2e-3, ema_decay=0.995)),
+        "ours": (nb.UNet, 1.0, ours)}
+    plans = {name: (*prepare(nb, network, cfg, data), cfg)
+             for name, (network, _, cfg) in contenders.items()}
+    common = max(1, int(args.seconds / plans["peer"][1]))
+    results, pictures = {}, []
+    for mode in ("equal time", "equal steps"):
+        for name, (network, eta, cfg) in contenders.items():
+            layout, per_step, _ = plans[name]
+            key = f"{mode}, {name}"
+            if mode == "equal steps":
+                if name == "peer":  # its run of equal time has these very steps
+                    results[key] = results["equal time, peer"]
+                    continue
+                cfg = replace(cfg, steps=common, batch=128)
+            else:
+                cfg = replace(cfg, steps=max(1, int(args.seconds / per_step)))
+            state, seconds = train(nb, key, network, cfg, data, layout)
+            row, images = evaluate(nb, state, cfg, eta, args, net, real_test, floor)
+            results[key] = {
+                "steps": cfg.steps, "batch": cfg.batch, "seconds": round(seconds, 1),
+                "parameters": sum(p.numel() for p in state.model.parameters()),
+                "layout": layout, "trained images per second": round(
+                    cfg.steps * cfg.batch / seconds, 1), **row}
+            pictures.append(images)
+            print(key, results[key], flush=True)
+    ratios = {f"excess, {mode}, ours / {other}": round(
+        results[f"{mode}, ours"]["excess"] / results[f"{mode}, {other}"]["excess"], 4)
+        for mode in ("equal time", "equal steps") for other in ("peer", "reference")}
+    ratios |= {f"{what}, ours / peer": round(
+        results["equal time, ours"][what] / results["equal time, peer"][what], 2)
+        for what in ("trained images per second", "sampled images per second")}
+    for key, value in ratios.items():
+        print(f"{key}: {value}")
+    flags = torch.backends.cpu.get_cpu_capability()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip()
+    facts = {"dataset": "FashionMNIST", "N": args.samples, "calls": args.calls,
+             "floor": round(floor, 4), "floor sd": round(sd, 4), "ceiling": round(ceiling, 2),
+             "seed": 0, "device": f"{torch.get_num_threads()} threads, {flags}, 16-bit: "
+             f"{nb.fast_dtype(torch.device('cpu'))}", "machine": platform.machine(),
+             "torch": torch.__version__, "commit": commit}
+    with open(args.out, "w") as file:
+        json.dump({**facts, "results": results, "ratios": ratios}, file, indent=1)
+    save_image(torch.cat(pictures).float() / 255, args.out.replace(".json", ".png"), nrow=32)
+
+
+if __name__ == "__main__":
+    main()
