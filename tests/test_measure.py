@@ -118,6 +118,8 @@ def test_judge_sees_missing_classes(nb):
         found = nb.judge(net, x, y, real, real[:2000], 0.1)
         assert found["entropy"] == pytest.approx(entropy, abs=0.02)
         assert found["as asked"] > 0.97 and found["N"] == 1000
+        assert found["too near"] > 0.95, "all of them are training images"
+        assert found["floor"] == nb.spread(real[:2000], real[-10_000:], 1000)[0]
         assert (found["rarest class"] == 0) == (keep is two)
 
 
@@ -140,6 +142,23 @@ def test_drawn_pictures_depend_on_the_seed_alone(nb, tiny):
     assert y.min() >= 0 and y.max() <= 9 and (none == 10).all()
     assert torch.equal(a, nb.draw(model, 260, tiny, cpu, True, 1, 2)[0])
     assert not torch.equal(a[:10], a[250:]), "the parts must differ"
+
+
+def test_every_part_of_a_draw_has_noise_of_its_own(nb, tiny, monkeypatch):
+    seeds, noise = [], nb.noise
+
+    def keep_noise(shape, seed, device="cpu"):
+        seeds.append(seed)
+        return noise(shape, seed, device)
+
+    def keep_sample(model, x_T, *rest, y, seed):
+        seeds.append(seed)
+        return iter([(0, x_T, x_T)])
+
+    monkeypatch.setattr(nb, "noise", keep_noise)
+    monkeypatch.setattr(nb, "sample", keep_sample)
+    nb.draw(None, 600, tiny, torch.device("cpu"), True, 5, 2)
+    assert len(seeds) == len(set(seeds)) == 6
 
 
 def rungs(nb):
@@ -204,8 +223,10 @@ def test_averaged_batchnorm_statistics_move(nb, tiny):
                            torch.device("cpu"), 5)
     buffers = dict(state.ema.module.named_buffers())
     assert not state.ema.training and state.model.training
-    assert any(name.endswith("running_mean") and value.abs().sum() > 0
-               for name, value in buffers.items())
+    means = {k: v for k, v in buffers.items() if k.endswith("running_mean")}
+    last = dict(state.model.named_buffers())
+    assert means and all(value.abs().sum() > 0 for value in means.values())
+    assert not any(torch.equal(value, last[k]) for k, value in means.items()), "no average"
 
 
 def test_climb_spends_steps_or_seconds(nb, tiny):
