@@ -118,6 +118,7 @@ def test_judge_sees_missing_classes(nb):
         found = nb.judge(net, x, y, real, real[:2000], 0.1)
         assert found["entropy"] == pytest.approx(entropy, abs=0.02)
         assert found["as asked"] > 0.97 and found["N"] == 1000
+        assert found["variety"] == pytest.approx(1 if keep is not two else 0.6, abs=0.2)
         assert found["too near"] > 0.95, "all of them are training images"
         assert found["floor"] == nb.spread(real[:2000], real[-10_000:], 1000)[0]
         assert (found["rarest class"] == 0) == (keep is two)
@@ -159,6 +160,21 @@ def test_every_part_of_a_draw_has_noise_of_its_own(nb, tiny, monkeypatch):
     monkeypatch.setattr(nb, "sample", keep_sample)
     nb.draw(None, 600, tiny, torch.device("cpu"), True, 5, 2)
     assert len(seeds) == len(set(seeds)) == 6
+
+
+def test_guided_draw_follows_the_label_at_the_same_cost(nb, tiny):
+    rows = []
+
+    def model(x_t, t, y):
+        rows.append(len(x_t))
+        return torch.where(y < 10, 0.1, 0.0)[:, None, None, None].expand_as(x_t)
+
+    tiny = nb.replace(tiny, predict="x_0")
+    for w, grey in ((1.0, 0.1), (3.0, 0.3), (0.0, 0.0)):
+        rows.clear()
+        x, _ = nb.draw(model, 4, tiny, torch.device("cpu"), True, 1, 8, w)
+        assert sum(rows) == 4 * 8, "8 network calls for each of 4 pictures"
+        assert (x == nb.to_uint8(torch.tensor(grey))).all(), f"w = {w}"
 
 
 def rungs(nb):

@@ -25,13 +25,31 @@ def test_batch_is_a_function_of_seed_and_step(nb, tiny):
         assert not torch.equal(first[3], other[3])
 
 
-def test_t_is_stratified_over_1_to_T(nb, tiny):
-    cfg, seen = nb.replace(tiny, T=100, batch=50), set()
-    for step in range(200):
-        t = nb.make_batch(IMAGES, LABELS, step, cfg)[2]
-        assert torch.equal((t - 1) // 2, torch.arange(50))  # one in each slice of two
-        seen |= set(t.tolist())
-    assert seen == set(range(1, 101))
+def all_t(nb, cfg, steps):
+    """The t of the first batches, [steps, batch]."""
+    return torch.stack([nb.make_batch(IMAGES, LABELS, step, cfg)[2] for step in range(steps)])
+
+
+def test_even_t_are_stratified_over_1_to_T(nb, tiny):
+    t = all_t(nb, nb.replace(tiny, T=100, batch=50, t_even=1.0), 200)
+    assert torch.equal((t - 1) // 2, torch.arange(50).expand(200, 50))  # slices of two
+    assert set(t.flatten().tolist()) == set(range(1, 101))
+
+
+def test_most_t_are_logit_normal_and_stratified(nb, tiny):
+    t = all_t(nb, nb.replace(tiny, T=10_000, batch=50, t_even=0.0), 200)
+    assert (t.diff(dim=1) >= 0).all() and t.min() >= 1 and t.max() <= 10_000
+    u = (torch.arange(51) / 50).double()
+    edges = 1 + 10_000 / (1 + torch.exp(-1.2 * 2 ** 0.5 * torch.erfinv(2 * u - 1)))
+    assert (t >= edges[:-1].floor()).all() and (t <= edges[1:].ceil()).all()
+
+
+def test_a_share_of_t_comes_from_all_of_1_to_T(nb, tiny):
+    assert 0 < nb.make_config("cpu", "MNIST").t_even < 0.5
+    t = all_t(nb, nb.replace(tiny, T=50, batch=50, t_even=0.2), 1000)
+    shares = torch.bincount(t.flatten(), minlength=51) / t.numel()
+    assert shares[0] == 0 and (shares[1:] > 0.9 * 0.2 / 50).all()
+    assert shares[21:31].sum() > 1.5 * shares[1:11].sum()
 
 
 def test_labels_are_dropped_per_image(nb, tiny):
@@ -216,6 +234,25 @@ def test_named_checkpoint_loads_and_unknown_names_list_the_known(nb, tiny, tmp_p
     assert its.T == tiny.T and its.widths == list(tiny.widths)
     with pytest.raises(nb.ReaderError, match=folder.name):
         nb.load_model("nothing", tiny, 1, CPU)
+
+
+def test_a_warm_start_has_the_named_weights_and_refuses_another_shape(nb, tiny):
+    alpha_bar, first = nb.make_alpha_bar("cosine", tiny.T), nb.State(tiny, 1, CPU)
+    nb.train(first, IMAGES, LABELS, alpha_bar, tiny, nb.run_folder(tiny))
+    cfg = nb.replace(tiny, start=nb.run_folder(tiny).name, seed=1)
+    again, fresh = nb.State(cfg, 1, CPU), nb.State(cfg, 1, CPU)
+    nb.warm_start(again, cfg, 1)
+    for own in (again.model.parameters(), again.ema.module.parameters()):
+        assert all(map(torch.equal, own, first.ema.module.parameters()))
+    assert nb.run_folder(cfg) != nb.run_folder(tiny)
+    nb.train(again, IMAGES, LABELS, alpha_bar, cfg, nb.run_folder(cfg))
+    assert again.step == cfg.steps
+    wider = nb.replace(cfg, widths=(16, 32))
+    with pytest.raises(nb.ReaderError, match="widths"):
+        nb.warm_start(nb.State(wider, 1, CPU), wider, 1)
+    untouched = [p.clone() for p in fresh.model.parameters()]
+    nb.warm_start(fresh, nb.replace(tiny, start=""), 1)
+    assert all(map(torch.equal, untouched, fresh.model.parameters()))
 
 
 def test_validation_loss_is_the_same_each_time(nb, tiny):
