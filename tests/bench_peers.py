@@ -94,26 +94,13 @@ def train(nb, name, network, cfg, data, layout):
     return state, time.perf_counter() - started
 
 
-def draw(nb, state, cfg, eta, w, args):
-    """Pictures uint8 [N, 1, 28, 28], labels at random, args.calls network calls for each."""
-    generator = torch.Generator().manual_seed(1)
-    y = torch.randint(10, (args.samples,), generator=generator)
-    model, steps = (state.ema, args.calls) if w == 1 else (
-        nb.guided(state.ema, w), args.calls // 2)
-    alpha_bar, parts = nb.make_alpha_bar(cfg.schedule, cfg.T), []
-    for part, labels in enumerate(y.split(250)):
-        x_T = nb.noise((len(labels), 1, 28, 28), 10 + part)
-        parts.append(nb.to_uint8(nb.final(nb.sample(
-            model, x_T, alpha_bar, cfg.predict, steps, eta, y=labels, seed=1000 + part))))
-    return torch.cat(parts)
-
-
 def evaluate(nb, state, cfg, eta, args, net, real_test, floor):
     """FID and excess without and with guidance, samples per second, 32 better pictures."""
     row, found = {}, {}
     for w in (1.0, cfg.guidance):
         started = time.perf_counter()
-        images = draw(nb, state, cfg, eta, w, args)
+        images, _ = nb.draw(state.ema, args.samples, cfg, torch.device("cpu"), True, 100,
+                            args.calls, w, eta)
         seconds = time.perf_counter() - started
         if w == 1:
             row["sampled images per second"] = round(args.samples / seconds, 2)
