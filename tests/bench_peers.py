@@ -23,6 +23,7 @@ import platform
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,23 @@ def evaluate(nb, state, cfg, eta, args, net, real_test, floor):
             "sampled images per second": round(args.samples / seconds, 2)}, images[:32]
 
 
+def ratios_of(results):
+    """Ours to the others, of the rows that are there."""
+    ratios = {}
+    for mode in ("equal time", "equal steps"):
+        ours = results.get(f"{mode}, ours")
+        for other in ("peer", "reference"):
+            row = results.get(f"{mode}, {other}")
+            if ours and row:
+                ratios[f"excess, {mode}, ours / {other}"] = round(
+                    ours["excess"] / row["excess"], 4)
+    ours, peer = (results.get(f"equal time, {name}") for name in ("ours", "peer"))
+    if ours and peer:
+        for what in ("trained images per second", "sampled images per second"):
+            ratios[f"{what}, ours / peer"] = round(ours[what] / peer[what], 2)
+    return ratios
+
+
 def main():
     """Train, sample, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -147,7 +165,17 @@ def main():
     plans = {name: (*prepare(nb, network, cfg, data), cfg)
              for name, (network, _, cfg) in contenders.items()}
     common = args.steps or max(1, int(args.seconds / plans["peer"][1]))
-    results, pictures = {}, []
+    flags = torch.backends.cpu.get_cpu_capability()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip()
+    facts = {"dataset": "FashionMNIST", "N": args.samples, "calls": args.calls,
+             "guidance": [1.0, ours.guidance],
+             "floor": round(floor, 4), "floor sd": round(sd, 4), "ceiling": round(ceiling, 2),
+             "seed": 0, "device": f"{torch.get_num_threads()} threads, {flags}, 16-bit: "
+             f"{nb.fast_dtype(torch.device('cpu'))}", "machine": platform.machine(),
+             "torch": torch.__version__, "commit": commit}
+    results, pictures, out = {}, [], Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     for mode in ("equal time", "equal steps"):
         for name, (network, eta, cfg) in contenders.items():
             layout, per_step, _ = plans[name]
@@ -168,26 +196,12 @@ def main():
                     cfg.steps * cfg.batch / seconds, 1), **row}
             pictures.append(images)
             print(key, results[key], flush=True)
-    ratios = {f"excess, {mode}, ours / {other}": round(
-        results[f"{mode}, ours"]["excess"] / results[f"{mode}, {other}"]["excess"], 4)
-        for mode in ("equal time", "equal steps") for other in ("peer", "reference")}
-    ratios |= {f"{what}, ours / peer": round(
-        results["equal time, ours"][what] / results["equal time, peer"][what], 2)
-        for what in ("trained images per second", "sampled images per second")}
+            ratios = ratios_of(results)
+            out.write_text(json.dumps({**facts, "results": results, "ratios": ratios},
+                                      indent=1))
+            save_image(torch.cat(pictures).float() / 255, out.with_suffix(".png"), nrow=32)
     for key, value in ratios.items():
         print(f"{key}: {value}")
-    flags = torch.backends.cpu.get_cpu_capability()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True).stdout.strip()
-    facts = {"dataset": "FashionMNIST", "N": args.samples, "calls": args.calls,
-             "guidance": [1.0, ours.guidance],
-             "floor": round(floor, 4), "floor sd": round(sd, 4), "ceiling": round(ceiling, 2),
-             "seed": 0, "device": f"{torch.get_num_threads()} threads, {flags}, 16-bit: "
-             f"{nb.fast_dtype(torch.device('cpu'))}", "machine": platform.machine(),
-             "torch": torch.__version__, "commit": commit}
-    with open(args.out, "w") as file:
-        json.dump({**facts, "results": results, "ratios": ratios}, file, indent=1)
-    save_image(torch.cat(pictures).float() / 255, args.out.replace(".json", ".png"), nrow=32)
 
 
 if __name__ == "__main__":
