@@ -343,3 +343,37 @@ def test_shipped_model_draws_what_it_is_asked_for(nb, name):
     print(f"{name}: excess {(nb.fid(real, f) - floor) / ceiling:.2%}, as asked {agreement}")
     assert nb.fid(real, f) - floor < 0.05 * ceiling
     assert agreement > 0.75
+
+
+def test_kept_ladder_was_climbed_by_these_networks(nb):
+    kept = json.loads((ROOT / "assets/results/ladder-fashionmnist.json").read_text())
+    cfg = nb.make_config("long", "FashionMNIST")
+    assert kept["N"] == cfg.n_rung and kept["batch"] == cfg.batch and kept["lr"] == cfg.lr
+    for name, (network, changes) in nb.ladder().items():
+        plan = nb.replace(cfg, **changes)
+        count = sum(p.numel() for p in network(plan).parameters())
+        own = [row for row in kept["rows"] if row["rung"] == name]
+        assert {row["parameters"] for row in own} == {count}, name
+        assert {row["budget"] for row in own} == set(cfg.rung_budgets), name
+        assert len(own) == len({(row["budget"], row["seed"]) for row in own}), name
+        assert all(row["steps"] == row["budget"] for row in own
+                   if isinstance(row["budget"], int)), name
+    net = yardstick(nb, "FashionMNIST")
+    test, train = (nb.load_images("FashionMNIST", part, str(ROOT / "assets/data")).data
+                   for part in (False, True))
+    floor, _ = nb.spread(nb.features_of(net, test), nb.features_of(net, train[-10_000:]),
+                         cfg.n_rung)
+    assert kept["floor"] == pytest.approx(floor, abs=0.01)
+
+
+def test_ratios_of_the_peers_follow_from_their_rows():
+    kept = json.loads((ROOT / "assets/results/peers.json").read_text())
+    for mode in ("equal time", "equal steps"):
+        ours = kept["results"][f"{mode}, ours"]
+        for other in ("peer", "reference"):
+            row = kept["results"][f"{mode}, {other}"]
+            assert row["excess"] == pytest.approx(row["FID"] - kept["floor"], abs=0.002)
+            assert kept["ratios"][f"excess, {mode}, ours / {other}"] == pytest.approx(
+                ours["excess"] / row["excess"], abs=0.001)
+    rows = [row for key, row in kept["results"].items() if key.startswith("equal steps")]
+    assert len({(row["steps"], row["batch"]) for row in rows}) == 1
