@@ -179,7 +179,8 @@ def test_mnist_by_one_word(tmp_path):
                words={word: 'DATASET = "MNIST"'})
     shown = "".join(out.get("text", "") for cell in code_cells(book) for out in cell.outputs)
     assert "MNIST, profile smoke" in shown and "Fashion" not in shown
-    first, second = ([line for out in cell.outputs for line in out.get("text", "").split("\n")]
+    first, second = ([line for out in cell.outputs
+                      for line in out.get("text", "").split("\n") if line]
                      for cell in code_cells(book) if cell.source.startswith("val = val_im"))
     assert not any("read from" in line for line in first)
     assert sum("read from" in line for line in second) == 18, "a rung was trained again"
