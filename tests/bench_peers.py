@@ -1,4 +1,4 @@
-"""Ours beside two peers: equal wall time and equal steps. Run by hand, about an hour:
+"""Ours beside two peers: equal wall time and equal steps. By hand, 75 minutes:
 
     python tests/bench_peers.py --calls 25 --steps 200
 

@@ -41,6 +41,7 @@ def test_both_data_sets_load_and_fill_the_range(nb, name, offline, monkeypatch):
 
 def test_colour_images_keep_their_channels(nb):
     assert nb.to_float(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 3, 32, 32)
+    assert torch.equal(nb.to_float(x), x), "floats, codes say, stay as they are"
 
 
 @pytest.mark.parametrize("name", ("mnist", "CIFAR10", "", "Fashion-MNIST"))

@@ -177,6 +177,32 @@ def test_guided_draw_follows_the_label_at_the_same_cost(nb, tiny):
         assert (x == nb.to_uint8(torch.tensor(grey))).all(), f"w = {w}"
 
 
+@pytest.mark.parametrize(("T", "calls", "band"), [
+    (1000, 50, (450, 850)), (1000, 25, (0, 1000)), (50, 200, (10, 20)), (50, 7, (25, 50))])
+def test_affordable_steps_use_the_calls_up(nb, T, calls, band):
+    def cost(steps):
+        return sum(2 if band[0] <= t <= band[1] else 1
+                   for t in nb.timesteps(T, steps)[:-1])
+
+    steps = nb.affordable(T, calls, band)
+    assert cost(steps) <= calls
+    assert steps == T or all(cost(more) > calls for more in range(steps + 1, T + 1))
+    assert nb.affordable(T, 1, (0, T)) == 1, "one guided step is the least there is"
+
+
+def test_draw_guides_in_its_band_alone(nb, tiny):
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append((int(t[0]), len(x_t)))
+        return torch.zeros_like(x_t)
+
+    nb.draw(model, 3, tiny, torch.device("cpu"), True, 1, 10, 2.0, 0.5, (0.4, 0.8))
+    assert sum(rows for _, rows in seen) <= 3 * 10
+    assert {rows for _, rows in seen} == {3, 6}
+    assert all((rows == 6) == (0.4 * tiny.T <= t <= 0.8 * tiny.T) for t, rows in seen)
+
+
 def rungs(nb):
     """The ladder's networks by name."""
     return {name: network for name, (network, _) in nb.ladder().items()}

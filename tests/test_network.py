@@ -117,3 +117,15 @@ def test_guidance_at_zero_and_one_is_no_label_and_label(nb):
     torch.testing.assert_close(nb.guided(net, 3.0)(x, t, y), 3 * labelled - 2 * none,
                                atol=1e-5, rtol=1e-4)
     assert not torch.allclose(labelled[:3], none[:3])
+
+
+def test_outside_its_band_guidance_is_the_plain_label(nb):
+    net, x, y = awake(nb), torch.randn(4, 1, 28, 28), torch.tensor([0, 5, 9, 3])
+    model = nb.guided(net, 3.0, (10, 20))
+    for t in (1, 9, 21, 50):
+        t = torch.full((4,), t)
+        assert torch.equal(model(x, t, y), net(x, t, y))
+    for t in (10, 15, 20):
+        t = torch.full((4,), t)
+        torch.testing.assert_close(model(x, t, y), 3 * net(x, t, y) - 2 * net(x, t),
+                                   atol=1e-5, rtol=1e-4)

@@ -153,17 +153,16 @@ def test_symbols_of_the_notation_table_occur_in_code(book):
         assert re.search(rf"\b{word}\b", code), word
 
 
-def run(source, folder, **changes):
+def run(source, folder, words={}, twice=None):
     """Execute a notebook in a folder under smoke; returns it with its outputs.
 
     words: a dict of replacements in code; twice: the id of a cell to run a second time.
     """
     book = nbformat.read(source, as_version=4)
-    again = [i for i, cell in enumerate(book.cells) if cell.id == changes.get("twice")]
-    for place in again:
-        book.cells.insert(place + 1, nbformat.v4.new_code_cell(book.cells[place].source))
+    book.cells = [nbformat.v4.new_code_cell(cell.source) if again else cell
+                  for cell in book.cells for again in range(1 + (cell.id == twice))]
     for cell in code_cells(book):
-        for old, new in changes.get("words", {}).items():
+        for old, new in words.items():
             cell.source = cell.source.replace(old, new)
     offline = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https")}
     env = {**os.environ, "DIFFUSION_PROFILE": "smoke", **offline}
