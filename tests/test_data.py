@@ -37,11 +37,11 @@ def test_both_data_sets_load_and_fill_the_range(nb, name, offline, monkeypatch):
     assert train.data.dtype == torch.uint8 and set(train.targets.tolist()) == set(range(10))
     x = nb.to_float(test.data)
     assert x.shape == (10_000, 1, 28, 28) and x.min() == -1 and x.max() == 1
+    assert torch.equal(nb.to_float(x), x), "floats, like codes, stay as they are"
 
 
 def test_colour_images_keep_their_channels(nb):
     assert nb.to_float(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 3, 32, 32)
-    assert torch.equal(nb.to_float(x), x), "floats, codes say, stay as they are"
 
 
 @pytest.mark.parametrize("name", ("mnist", "CIFAR10", "", "Fashion-MNIST"))
