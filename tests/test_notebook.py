@@ -186,14 +186,24 @@ def test_mnist_by_one_word(tmp_path):
     assert [line for line in second if line in first] == first, "other results when read"
 
 
+def test_latent_clothes_by_one_word_and_a_lone_notebook(tmp_path):
+    shutil.copytree(ROOT / "assets/data/FashionMNIST", tmp_path / "assets/data/FashionMNIST")
+    book = run(ROOT / "latent_diffusion_cab.ipynb", tmp_path, words={
+        'DATASET = "MNIST"': 'DATASET = "FashionMNIST"',
+        "SPACE_CHANGES = {}": "SPACE_CHANGES = dict(channels=2, folds=3, kl=0.0)"})
+    shown = "".join(out.get("text", "") for cell in code_cells(book) for out in cell.outputs)
+    assert "FashionMNIST, profile smoke" in shown and "shipped" not in shown
+
+
 def test_changes_that_the_exercises_ask_for(tmp_path):
     shutil.copytree(ROOT / "assets/data/FashionMNIST", tmp_path / "assets/data/FashionMNIST")
     changes = 'CHANGES = dict(sample_steps=100, predict="eps", schedule="linear", heads=2)'
     run(ROOT / "diffusion_tutorial.ipynb", tmp_path, words={"CHANGES = {}": changes})
 
 
-def test_alone_and_offline_it_says_what_it_needs(tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_alone_and_offline_it_says_what_it_needs(tmp_path, name):
     with pytest.raises(CellExecutionError, match="connect to the network") as stopped:
-        run(ROOT / "diffusion_tutorial.ipynb", tmp_path)
-    assert "Stopped: FashionMNIST is neither whole in assets/data" in str(stopped.value)
+        run(ROOT / name, tmp_path)
+    assert "MNIST is neither whole in assets/data" in str(stopped.value)
     assert str(stopped.value).count("Traceback") == 0
