@@ -1,8 +1,8 @@
 """The latent notebook's definitions against oracles, and its promises to the encoder."""
 import ast
 import math
-import resource
 import types
+import weakref
 
 import nbformat
 import pytest
@@ -213,14 +213,14 @@ def test_memory_stays_flat_over_a_thousand_steps(lat, small):
     cfg = lat.replace(small[1], T=1000)
     model = lat.LatentUNet(cfg, 4).eval()
     alpha_bar = lat.make_alpha_bar(cfg.schedule, cfg.T)
-    run = lat.sample(model, torch.randn(64, 4, 7, 7), alpha_bar, "v", 1000, 1.0, clip=False,
-                     y=torch.zeros(64, dtype=torch.long))
-    used = []
-    for number, (_, z_t, _) in enumerate(run):
-        assert not z_t.requires_grad
-        if number in (100, 1000):
-            used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    assert used[1] - used[0] < 20, f"{used} MiB; keeping all z_t would add 45"
+    run = lat.sample(model, torch.randn(2, 4, 7, 7), alpha_bar, "v", 1000, 1.0, clip=False,
+                     y=torch.zeros(2, dtype=torch.long))
+    seen = []
+    for _, z_t, z_hat in run:
+        assert not z_t.requires_grad and not z_hat.requires_grad
+        seen += [weakref.ref(z_t), weakref.ref(z_hat)]
+        assert sum(each() is not None for each in seen) < 10, "old codes are kept alive"
+    assert len(seen) == 2002
 
 
 def test_printed_step_with_division_is_the_ddpm_step(lat):
@@ -233,7 +233,8 @@ def test_printed_step_with_division_is_the_ddpm_step(lat):
         found = lat.printed_step(x_t, eps_hat, t, alpha_bar, z, True)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
         wrong = lat.printed_step(x_t, eps_hat, t, alpha_bar, z, False)
-        assert not torch.allclose(wrong, expected, atol=1e-3) or t == 100
+        gap = (wrong - expected).abs().max()
+        assert gap > 1e-3 or t == 100, "they differ wherever noise does not fill x_t"
 
 
 def test_paired_interval_is_students(lat):
