@@ -36,10 +36,9 @@ def main():
         """Wall time of one draw."""
         started = time.perf_counter()
         if name == "latents":
-            nb.draw(latent, n, its, True, 0, steps, eta=1.0)
+            nb.draw_latents(latent, n, its, True, 0, steps)
         else:
-            nb.draw_pixels(peer if name == "peer" else pixels, n, pixel_cfg, 0,
-                           steps, 1.0)
+            nb.draw(peer if name == "peer" else pixels, n, pixel_cfg, cpu, True, 0, steps)
         return time.perf_counter() - started
 
     layouts = {}  # the faster memory layout for the peer; ours are channels_last

@@ -1,5 +1,6 @@
 """The latent notebook's definitions against oracles, and its promises to the encoder."""
 import ast
+import json
 import math
 import types
 import weakref
@@ -50,7 +51,7 @@ def definitions(name):
 def test_shared_definitions_are_the_same_in_both_notebooks():
     pixels = definitions("diffusion_tutorial.ipynb")
     latents = definitions("latent_diffusion_cab.ipynb")
-    own = {"Config", "make_config", "draw"}  # the same name for another thing
+    own = {"Config", "make_config"}  # the same name for another thing
     shared = set(pixels) & set(latents) - own
     assert {"sample", "reverse_step", "make_alpha_bar", "State", "train", "fid"} <= shared
     assert [name for name in sorted(shared) if pixels[name] != latents[name]] == []
@@ -195,7 +196,7 @@ def test_latent_samples_are_not_clamped(lat, small):
 
     seen = []
     coder.decode = lambda z: seen.append(z) or torch.zeros(len(z), 1, 28, 28)
-    lat.draw((model, coder, scale), 6, cfg, True, 0, 10)
+    lat.draw_latents((model, coder, scale), 6, cfg, True, 0, 10)
     torch.testing.assert_close(scale.to(seen[0]), big, atol=1e-3, rtol=1e-3)
 
 
@@ -203,10 +204,10 @@ def test_latent_draw_depends_on_the_seed_alone(lat, small):
     space, cfg = small
     coder, model = lat.Autoencoder(space), randomised(lat.LatentUNet(cfg, 4)).eval()
     latent = (model, coder, lat.Scale(torch.randn(100, *coder.code)))
-    a, y = lat.draw(latent, 260, cfg, True, 1, 3, 2.0)
+    a, y = lat.draw_latents(latent, 260, cfg, True, 1, 3, 2.0)
     assert a.dtype == torch.uint8 and a.shape == (260, 1, 28, 28) and y.max() <= 9
-    assert torch.equal(a, lat.draw(latent, 260, cfg, True, 1, 3, 2.0)[0])
-    assert (lat.draw(latent, 5, cfg, False, 1, 3)[1] == 10).all()
+    assert torch.equal(a, lat.draw_latents(latent, 260, cfg, True, 1, 3, 2.0)[0])
+    assert (lat.draw_latents(latent, 5, cfg, False, 1, 3)[1] == 10).all()
 
 
 def test_memory_stays_flat_over_a_thousand_steps(lat, small):
@@ -272,3 +273,27 @@ def test_autoencoder_batch_is_a_function_of_seed_and_step(lat, small):
     for step, seed in ((4, 0), (3, 1)):
         other = lat.autoencoder_batch(images, step, lat.replace(small[0], seed=seed))
         assert not any(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize(("name", "psnr", "ssim", "asked"), [
+    ("mnist", 32, 0.98, 0.95)])
+def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, psnr, ssim, asked):
+    folder = ROOT / "assets/weights"
+    facts = json.loads((folder / f"latent-{name}.json").read_text())
+    assert facts["PSNR"] >= psnr and facts["SSIM"] >= ssim
+    _, cfg = lat.make_config("cpu", facts["space"]["dataset"])
+    latent, its = lat.load_latent(
+        lat.read_checkpoint(folder / f"latent-{name}.pt"), cfg, CPU)
+    images = lat.load_images(its.dataset, False, str(ROOT / "assets/data")).data[:1000]
+    codes = lat.encode_all(latent[1], images)
+    found = lat.quality(lat.to_float(images), lat.decode_all(latent[1], codes))
+    assert found == pytest.approx((facts["PSNR"], facts["SSIM"]), rel=0.02)
+    scaled = latent[2].to(codes)
+    assert scaled.mean((0, 2, 3)).abs().max() < 0.1
+    assert (scaled.std((0, 2, 3)) - 1).abs().max() < 0.1
+    net = lat.Classifier().eval()
+    net.load_state_dict(lat.read_checkpoint(folder / f"classifier-{name}.pt")["classifier"])
+    x, y = lat.draw_latents(latent, 200, its, True, 0, 40, 2.0)
+    with torch.no_grad():
+        seen = net.head(lat.features_of(net, x)).argmax(1)
+    assert (seen == y).float().mean() >= asked
