@@ -276,7 +276,7 @@ def test_autoencoder_batch_is_a_function_of_seed_and_step(lat, small):
 
 
 @pytest.mark.parametrize(("name", "psnr", "ssim", "asked"), [
-    ("mnist", 32, 0.98, 0.95), ("fashionmnist", 27, 0.95, 0.85)])
+    ("mnist", 32, 0.98, 0.95), ("fashionmnist", 27, 0.92, 0.85)])
 def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, psnr, ssim, asked):
     folder = ROOT / "assets/weights"
     facts = json.loads((folder / f"latent-{name}.json").read_text())
