@@ -33,6 +33,18 @@ def test_frame_slider_holds_every_frame_and_needs_nothing_else(nb):
     assert html == nb.frame_slider(frames, ["t = 0", "t = 1", "t = 2"], "timestep", 100).data
 
 
+def test_frame_slider_speaks_names_its_rows_and_keeps_its_keys(nb):
+    frames = [torch.zeros(8, 6, 3, dtype=torch.uint8), torch.ones(8, 6, 3, dtype=torch.uint8)]
+    html = nb.frame_slider(frames, ["t = 0", "t = 1"], "timestep", 60, ["up", "down"]).data
+    assert "<span>up&emsp;</span><span>down&emsp;</span>" in html
+    slider = re.search("<input.*?oninput", html, re.S)[0]
+    assert 'aria-valuetext="t = 0"' in slider and 'autocomplete="off"' in slider
+    for control in (slider, re.search("<button.*?>", html, re.S)[0]):
+        assert 'data-lm-suppress-shortcuts="true"' in control  # Lab's and Notebook's keys
+    assert "event.stopPropagation()" in html  # the keys of slides
+    assert html.count('width="6" height="8" decoding="sync"') == 2  # no jump, no blink
+
+
 def test_frame_slider_wants_a_name_for_each_frame(nb):
     with pytest.raises(nb.ReaderError, match="one name for each frame"):
         nb.frame_slider([torch.zeros(4, 4, 3, dtype=torch.uint8)], [], "t", 10)
@@ -56,3 +68,54 @@ def test_live_slider_agrees_with_the_forward_process(nb):
     shown = Image.open(io.BytesIO(view.value)).convert("L")
     left, right = shown.crop((0, 0, 170, 170)), shown.crop((338, 0, 508, 170))
     assert left.tobytes() == right.tobytes()  # at t = 0 the mixture is the image
+
+
+@pytest.fixture
+def panel(nb):
+    """A sampling panel over an untrained network with T = 50, and its parts by name."""
+    its = nb.make_config("smoke", "FashionMNIST")
+    torch.manual_seed(0)
+    model = nb.UNet(its)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    box = nb.sampling_panel(model, its, torch.device("cpu"), list("abcdefghij"))
+    (first, second, seed, view, text) = box.children
+    controls = [*first.children, *second.children, seed]
+    return {control.description: control for control in controls} | {
+        "view": view, "text": text, "model": model, "its": its}
+
+
+def test_panel_redraws_for_each_control(panel):
+    seen = {bytes(panel["view"].value)}
+    for name, value in (("class", 3), ("w", 4.0), ("sampler", "DDPM"), ("calls", 5),
+                        ("seed", 8), ("sampler", "Heun"), ("sampler", "DDIM")):
+        panel[name].value = value
+        assert panel["text"].value.endswith("seconds for 8 pictures")
+        seen.add(bytes(panel["view"].value))
+    assert len(seen) == 8
+    sliders = [panel[name] for name in ("w", "calls", "seed")]
+    assert not any(slider.continuous_update for slider in sliders)
+
+
+def test_panel_answers_wishes_without_sense_in_a_sentence(panel):
+    before = panel["view"].value
+    panel["class"].value = 10  # no label, but w = 2
+    assert "choose a class, or w = 1" in panel["text"].value
+    assert panel["view"].layout.visibility == "hidden"  # no old picture under new controls
+    panel["w"].value = 1.0
+    assert panel["text"].value.endswith("8 pictures") and panel["view"].value != before
+    assert panel["view"].layout.visibility == "visible"
+    for sampler in panel["sampler"].options:
+        panel["sampler"].value = sampler
+        panel["calls"].value = 51  # of 50 timesteps
+        assert "only 50 timesteps" in panel["text"].value, sampler
+        panel["calls"].value = 1
+        assert panel["text"].value.endswith("8 pictures"), sampler
+
+
+def test_panel_shows_what_the_samplers_draw(nb, panel):
+    panel["sampler"].value, panel["seed"].value = "DDIM", 6
+    y = torch.full((8,), 0)
+    x = nb.final(nb.sample(nb.guided(panel["model"], 2), nb.noise((8, 1, 28, 28), 6),
+                           nb.make_alpha_bar("cosine", 50), "v", 10, y=y))
+    assert panel["view"].value == nb.png(nb.grid(x, 8))
