@@ -175,7 +175,7 @@ WRONG = {
                   "softmax": lambda h, a, b: h * gate(h, a, b, lambda s: s.softmax(1)),
                   "relu is missing": lambda h, a, b: h * gate(h, a, b, mid=lambda s: s),
                   "sigmoid is missing": lambda h, a, b: h * gate(h, a, b, lambda s: s),
-                  "no shortcut": lambda h, a, b: h + h * gate(h, a, b)},
+                  "the shortcut belongs": lambda h, a, b: h + h * gate(h, a, b)},
     "slerp": {"straight line": torch.lerp,
               "from b to a": lambda a, b, u: arc(a, b, u, swap=True),
               "whole batch": lambda a, b, u: arc(a, b, u, whole=True),
