@@ -23,7 +23,7 @@ PALE = {BLUE: "#dcecf7", ORANGE: "#fdf0d2", GREEN: "#d8f0e7", RED: "#fbe3d4",
 
 
 def garments(nb: types.ModuleType) -> dict:
-    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: DDIM, 100 calls, w = 2."""
+    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: DDIM, 100 steps, w = 2."""
     cpu = torch.device("cpu")
     model, its = nb.load_model("fashionmnist", nb.Config(), 1, cpu)
     count = COLUMNS * ROWS

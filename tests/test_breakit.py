@@ -212,7 +212,8 @@ def judged(nb):
         def way(x_T, y, seed):
             return nb.broken_sample(network, x_T, alpha_bar, its.predict, CALLS,
                                     mistake, y, seed)
-        x = nb.draw_by(way, torch.arange(N) % 10, device, 100)
+        y = torch.randint(10, (N,), generator=torch.Generator().manual_seed(1))
+        x = nb.draw_by(way, y, device, 100)
         return nb.fid(real, nb.features_of(net, nb.to_uint8(x)))
 
     return score, model, its, curve

@@ -87,13 +87,13 @@ def panel(nb):
 
 def test_panel_redraws_for_each_control(panel):
     seen = {bytes(panel["view"].value)}
-    for name, value in (("class", 3), ("w", 4.0), ("sampler", "DDPM"), ("calls", 5),
+    for name, value in (("class", 3), ("w", 4.0), ("sampler", "DDPM"), ("steps", 5),
                         ("seed", 8), ("sampler", "Heun"), ("sampler", "DDIM")):
         panel[name].value = value
-        assert panel["text"].value.endswith("seconds for 8 pictures")
+        assert " s, " in panel["text"].value
         seen.add(bytes(panel["view"].value))
     assert len(seen) == 8
-    sliders = [panel[name] for name in ("w", "calls", "seed")]
+    sliders = [panel[name] for name in ("w", "steps", "seed")]
     assert not any(slider.continuous_update for slider in sliders)
 
 
@@ -103,14 +103,29 @@ def test_panel_answers_wishes_without_sense_in_a_sentence(panel):
     assert "choose a class, or w = 1" in panel["text"].value
     assert panel["view"].layout.visibility == "hidden"  # no old picture under new controls
     panel["w"].value = 1.0
-    assert panel["text"].value.endswith("8 pictures") and panel["view"].value != before
+    assert " s, 10 network calls each" in panel["text"].value
+    assert panel["view"].value != before
     assert panel["view"].layout.visibility == "visible"
     for sampler in panel["sampler"].options:
         panel["sampler"].value = sampler
-        panel["calls"].value = 51  # of 50 timesteps
+        panel["steps"].value = 51  # of 50 timesteps
         assert "only 50 timesteps" in panel["text"].value, sampler
-        panel["calls"].value = 1
-        assert panel["text"].value.endswith("8 pictures"), sampler
+        panel["steps"].value = 1
+        assert " s, 1 network calls each" in panel["text"].value, sampler
+
+
+@pytest.mark.parametrize("w", [1.0, 2.0])
+def test_panel_says_how_many_network_calls_a_picture_took(panel, w):
+    asked = []
+    panel["model"].register_forward_hook(
+        lambda module, inputs, out: asked.append(len(inputs[0])))
+    panel["w"].value, panel["steps"].value = w, 7
+    for sampler in panel["sampler"].options[::-1]:
+        asked.clear()
+        panel["sampler"].value = sampler
+        calls = sum(asked) // 8  # for each of the eight pictures
+        assert calls == (13 if sampler == "Heun" else 7) * (2 if w != 1 else 1)
+        assert f" s, {calls} network calls each" in panel["text"].value, sampler
 
 
 def test_panel_shows_what_the_samplers_draw(nb, panel):
