@@ -47,9 +47,9 @@ def test_colour_images_keep_their_channels(nb):
     assert nb.to_float(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", ("mnist", "CIFAR10", "", "Fashion-MNIST"))
+@pytest.mark.parametrize("name", ("mnist", "CIFAR100", "", "Fashion-MNIST"))
 def test_unknown_names_get_one_sentence(nb, name):
-    with pytest.raises(nb.ReaderError, match='write "FashionMNIST" or "MNIST"'):
+    with pytest.raises(nb.ReaderError, match='write "FashionMNIST", "MNIST" or "CIFAR10"'):
         nb.load_images(name, train=True)
 
 
