@@ -246,7 +246,7 @@ def test_distinct_leaves_distinct_times_alone(nb):
 
 def test_unknown_spacings_and_step_numbers_get_one_sentence(nb):
     alpha_bar = nb.make_alpha_bar("cosine", 60)
-    with pytest.raises(nb.ReaderError, match="write \"trailing\""):
+    with pytest.raises(nb.ReaderError, match="\"trailing\", \"leading\""):
         nb.spacing("even", alpha_bar, 5)
     for name in SPACINGS:
         with pytest.raises(nb.ReaderError, match="from 1 to 60"):
