@@ -1,12 +1,17 @@
-"""Web page, slides, lecture plan and student's copy of a notebook. By hand, seconds each:
+"""Web page, slides, lecture plan, student's copy, script of a notebook. By hand, seconds:
 
     python tests/export.py html diffusion_tutorial.ipynb
     python tests/export.py slides diffusion_tutorial.ipynb --minutes 50
     python tests/export.py lecture diffusion_tutorial.ipynb
     python tests/export.py student diffusion_tutorial.ipynb
+    python tests/export.py script diffusion_tutorial.ipynb
 
 Page and slides are one file each and fetch nothing when they are shown: KaTeX turns the
 formulas into HTML, reveal.js is written into the deck (both by npm, while exporting).
+
+The script holds the cells tagged "train", for torchrun. With nbconvert alone (all processes
+then print the first two lines): jq '.cells |= map(select(.metadata.tags // [] |
+index("train")))' NOTEBOOK | jupyter nbconvert --stdin --to python --output runs/train
 
 A lecture path lives in the metadata of its cells. Every cell of a path has
 
@@ -38,7 +43,7 @@ from pathlib import Path
 
 import nbformat
 from jinja2 import pass_context
-from nbconvert import HTMLExporter
+from nbconvert import HTMLExporter, PythonExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
@@ -517,6 +522,29 @@ def make_student(path: Path) -> str:
     return nbformat.writes(book) + "\n"
 
 
+# ---------------------------------------------------------------- a script for torchrun
+
+SILENT = """# Written by tests/export.py from the cells of {name} with the tag "train".
+import os
+import sys
+if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    sys.stdout = open(os.devnull, "w")
+
+"""
+
+
+def make_script(path: Path) -> str:
+    """The code cells tagged "train" as a Python program, plain Python only."""
+    book = read(path)
+    book.cells = [cell for cell in book.cells if cell.cell_type == "code"
+                  and "train" in cell.metadata.get("tags", [])]
+    check(bool(book.cells), f'no cell of {path} has the tag "train".')
+    text = PythonExporter(exclude_input_prompt=True).from_notebook_node(book)[0]
+    check("get_ipython()" not in text, f"a tagged cell of {path} has a magic or a !command,"
+          " which Python does not know.")
+    return SILENT.format(name=path.name) + text
+
+
 def write(text: str, file: Path) -> None:
     """Write a file and say where and how large it is."""
     size = len(text.encode())
@@ -534,7 +562,8 @@ def main() -> None:
     for kind, what in (("html", "one page that works offline"),
                        ("slides", "a slide deck that works offline"),
                        ("lecture", "print the lecture paths as tables"),
-                       ("student", "a copy without solutions")):
+                       ("student", "a copy without solutions"),
+                       ("script", 'the cells tagged "train", for torchrun')):
         sub = kinds.add_parser(kind, help=what)
         sub.add_argument("notebook", type=Path)
         if kind != "lecture":
@@ -548,11 +577,12 @@ def main() -> None:
             return
         make: dict[str, tuple[Callable, str]] = {
             "html": (make_html, ".html"), "student": (make_student, "-student.ipynb"),
+            "script": (make_script, ""),
             "slides": (lambda path: make_slides(path, args.minutes),
                        f"-{getattr(args, 'minutes', '')}.html")}
         function, ending = make[args.kind]
-        write(function(args.notebook),
-              args.to or ROOT / "runs" / (args.notebook.stem + ending))
+        name = "train.py" if args.kind == "script" else args.notebook.stem + ending
+        write(function(args.notebook), args.to or ROOT / "runs" / name)
     except (Refusal, OSError) as error:
         sys.exit(f"export.py: {error}")
 
