@@ -43,6 +43,7 @@ def train_step(state, batch, *args):
         _shares[:] = [part.clone() for part in batch]
     return _train_step(state, batch, *args)
 """
+LAUNCHED = "if distributed.is_available() and distributed.is_torchelastic_launched():"
 END = """
 _files = sorted(_written)
 torch.save({"model": state.model.state_dict(), "ema": state.ema.state_dict(),
@@ -55,8 +56,7 @@ torch.save({"model": state.model.state_dict(), "ema": state.ema.state_dict(),
 def script(words):
     """The exported script in float32, small, and with spies; words: replacements in it."""
     text = export.make_script(NAME)
-    for old, new in {"CHANGES = {}": CHANGES, 'if "RANK" in os.environ:':
-                     SPIES + 'if "RANK" in os.environ:', **words}.items():
+    for old, new in {"CHANGES = {}": CHANGES, LAUNCHED: SPIES + LAUNCHED, **words}.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     return BEGIN + text + END
@@ -272,9 +272,8 @@ def test_ranks_that_see_other_checkpoints_are_refused(trained, place):
     trained(4)
     (place / "elsewhere").mkdir()
     (place / "elsewhere/assets").symlink_to(ROOT / "assets")
-    move = 'if "RANK" in os.environ:\n    os.chdir(["../elsewhere", "."][_rank])\n'
-    errors = refused(place / "by-4", 2, {'if "RANK" in os.environ:  # torchrun sets it\n':
-                                         move})
+    move = LAUNCHED + '\n    os.chdir(["../elsewhere", "."][_rank])\n'
+    errors = refused(place / "by-4", 2, {LAUNCHED + '\n': move})
     assert "Stopped: some processes found another checkpoint in runs/fashion" in errors
 
 
