@@ -114,6 +114,7 @@ class Kernel:
                "HOME": str(base / "home"), "TMPDIR": str(base / "temp"),
                "PYTHONDONTWRITEBYTECODE": "1",
                **{f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https")}}
+        env.pop("TORCHINDUCTOR_CACHE_DIR", None)  # PyTorch sets it here, on some imports
         self.sockets = tempfile.mkdtemp(prefix="k", dir="/tmp")  # their paths must be short
         self.manager = KernelManager(transport="ipc", ip=f"{self.sockets}/s")
         self.manager.connection_file = f"{self.sockets}/c.json"
