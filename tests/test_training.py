@@ -1,16 +1,6 @@
-"""Batches, loss, EMA, checkpoints, and resume to the bit, also after SIGKILL."""
-import os
-import pickle
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-
+"""Batches, loss, EMA, and resume to the bit; faults are in test_faults.py."""
 import pytest
 import torch
-from conftest import ROOT
 
 IMAGES = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
 LABELS = torch.arange(300) % 10
@@ -127,79 +117,6 @@ def test_interrupted_training_ends_in_the_same_bits(nb, tiny, tmp_path, stop, ca
     assert (tmp_path / "b/checkpoint.pt").exists() == (stop > 4)  # a stop writes nothing
     assert torch.isfinite(state.ema(torch.randn(1, 1, 28, 28), torch.tensor([1]))).all()
     assert same(straight, finished(nb, tiny, tmp_path / "b"))
-
-
-def test_killed_training_ends_in_the_same_bits(nb, tiny, tmp_path):
-    """SIGKILL at three random moments of real processes, then an undisturbed end."""
-    cfg = nb.replace(tiny, steps=40, save_every=3)
-    script = tmp_path / "run.py"
-    script.write_text(textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(ROOT / "tests")!r})
-        from conftest import load_definitions
-        from pathlib import Path
-        import torch
-        nb = load_definitions("diffusion_tutorial")
-        images, labels = torch.load({str(tmp_path / "data.pt")!r})
-        cfg = nb.replace(nb.make_config("smoke", "FashionMNIST"), steps=40, save_every=3)
-        state, folder = nb.State(cfg, 1, torch.device("cpu")), Path(sys.argv[1])
-        nb.resume(state, cfg, folder)
-        print("ready", flush=True)
-        nb.train(state, images, labels, nb.make_alpha_bar(cfg.schedule, cfg.T), cfg, folder,
-                 lambda state: print(state.step, flush=True))
-    """))
-    torch.save((IMAGES, LABELS), tmp_path / "data.pt")
-    straight = finished(nb, cfg, tmp_path / "a")
-    chance, killed = random.Random(0), 0
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, script, tmp_path / "b"],
-                                   stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(chance.randint(3, 9)):
-            process.stdout.readline()
-        time.sleep(chance.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 3 and (tmp_path / "b/checkpoint.pt").exists()
-    assert nb.read_checkpoint(tmp_path / "b/checkpoint.pt")["step"] < 40
-    subprocess.run([sys.executable, script, tmp_path / "b"], check=True,
-                   stdout=subprocess.DEVNULL)
-    assert same(straight, nb.read_checkpoint(tmp_path / "b/checkpoint.pt"))
-
-
-def test_a_crash_inside_a_save_keeps_the_last_checkpoint(nb, tiny, tmp_path, monkeypatch):
-    saved = finished(nb, tiny, tmp_path / "a")
-
-    def half_a_save(content, file):
-        file.write(b"half of it")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(nb.torch, "save", half_a_save)
-    with pytest.raises(OSError):
-        nb.save_checkpoint(nb.State(tiny, 1, CPU), tiny, tmp_path / "a")
-    assert same(saved, nb.read_checkpoint(tmp_path / "a/checkpoint.pt"))
-
-
-def test_damaged_checkpoint_gets_one_sentence(nb, tiny, tmp_path):
-    finished(nb, tiny, tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    whole = path.read_bytes()
-    for broken in (whole[:1000], b"", b"not a checkpoint" * 9):
-        path.write_bytes(broken)
-        with pytest.raises(nb.ReaderError, match="delete it"):
-            finished(nb, tiny, tmp_path)
-        assert path.read_bytes() == broken  # nothing was overwritten
-
-
-def test_pickled_code_is_not_run(nb, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(nb.ReaderError):
-        nb.read_checkpoint(tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "owned").exists()
 
 
 def test_another_configuration_is_refused_and_has_its_own_folder(nb, tiny, tmp_path):
