@@ -2,8 +2,6 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -88,29 +86,6 @@ def test_read_only_folder_is_copied(nb, packed, offline, tmp_path, monkeypatch):
     found = nb.load_images("MNIST", False, str(packed.parent.parent))
     assert len(found.data) == 10_000 and (tmp_path / "runs/data/MNIST/raw").is_dir()
     assert not list(packed.glob("*-ubyte"))
-
-
-def test_two_notebooks_may_unpack_at_once(packed, tmp_path):
-    program = ("import sys; sys.path.insert(0, sys.argv[1]); import conftest;"
-               "nb = conftest.load_definitions('diffusion_tutorial');"
-               "print(len(nb.load_images('MNIST', True, sys.argv[2]).data))")
-    call = [sys.executable, "-c", program, str(ROOT / "tests"), str(packed.parent.parent)]
-    both = [subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    for one in both:
-        out, err = one.communicate()
-        assert out.strip() == "60000", err
-
-
-def test_a_notebook_waits_for_another_that_unpacks(nb, packed, offline, tmp_path,
-                                                   monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    with nb.FileLock("runs/data.lock"):
-        with pytest.raises(nb.ReaderError, match="another notebook is unpacking"):
-            nb.load_images("MNIST", True, str(packed.parent.parent), patience=0.01)
-    assert not list(packed.glob("*-ubyte"))
-    assert len(nb.load_images("MNIST", True, str(packed.parent.parent)).data) == 60_000
 
 
 def test_timeout_is_restored(nb, tmp_path, offline):

@@ -4,14 +4,12 @@ Each child (see children.py) runs the notebooks' own definitions; what it shows 
 reader would see. No fault may show a traceback (Child.end asserts it).
 """
 import contextlib
-import gzip
 import json
 import os
 import pickle
 import random
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -69,24 +67,10 @@ def packed(tmp_path):
     return raw
 
 
-@contextlib.contextmanager
-def small_disk(folder, size):
-    """A file system of its own on folder, if we may mount; else the test is skipped."""
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
-                          capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a small disk takes root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 # 1. Kills
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chance", range(5))
+@pytest.mark.parametrize("chance", range(2))
 def test_killed_at_random(home, undisturbed, tmp_path, kind, chance):
     chance = random.Random(f"{kind} {chance}")
     child = home.start("training(kind, 'run', watch=step_said)", kind, tmp_path)
@@ -141,124 +125,6 @@ def test_the_same_bits_with_as_many_threads(home, undisturbed, tmp_path, kind):
         found.append(content(tmp_path / folder))
     assert same(found[0], undisturbed[kind]) and same(found[1], found[2])
     torch.testing.assert_close(found[1]["losses"], found[0]["losses"], rtol=0.05, atol=0.0)
-
-
-# 2. The disk is full
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_disk_full_for_one_checkpoint(home, undisturbed, tmp_path, kind):
-    """/dev/full in the place of the temporary file: a real ENOSPC, for any user."""
-    child = home.start("""
-def fill(state):
-    if state.step == 8:
-        os.symlink("/dev/full", "run/checkpoint.tmp")
-    if state.step == 10:
-        print("before", nb.read_checkpoint(Path("run/checkpoint.pt"))["step"])
-
-training(kind, "run", watch=fill)
-""", kind, tmp_path)
-    seen = child.end()
-    assert seen == ("Step 9 is not saved, and training goes on: run/checkpoint.pt cannot be"
-                    " written (No space left on device): free some space, or work in a folder"
-                    " of your own, and run this cell again.\nbefore 6\n")
-    assert same(content(tmp_path / "run"), undisturbed[kind])
-
-
-@pytest.mark.parametrize("kind", ("pixels", "autoencoder"))
-def test_disk_full_for_all_that_a_watch_writes(home, tmp_path, kind):
-    """A small disk fills up after step 4: pictures, averages, logs and checkpoints fail."""
-    code = """
-class Full(Exception): pass
-cfg = setting(kind)
-watch = a_watch(kind, "disk/run", cfg)
-
-def both(state):
-    if state.step == 4:
-        with open("disk/filler", "wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(b"0" * 4096)
-                except OSError:
-                    break
-    watch(state)
-    if state.step == 11:
-        print("before", nb.read_checkpoint(Path("disk/run/checkpoint.pt"))["step"])
-        os.unlink("disk/filler")
-
-print("end", training(kind, "disk/run", cfg, both).step)
-"""
-    with small_disk(tmp_path / "disk", "8m"):
-        seen = home.start(code, kind, tmp_path).end()
-        assert "before 3\n" in seen and seen.endswith("end 24\n")
-        for text in ("Step 6 is", "Step 9 is", "The picture of step 5 is",
-                     "The average of step 5 is"):
-            assert f"{text} not saved, and training goes on: disk/run/" in seen
-        assert seen.count("TensorBoard's logs end here, and training goes on: No space") == 1
-        assert "Step 12" not in seen  # there is room again
-        assert content(tmp_path / "disk/run")["step"] == 24
-        assert not list(tmp_path.glob("disk/run/*.tmp"))
-
-
-def test_disk_full_while_unpacking(home, packed, tmp_path):
-    child = home.start("resource.setrlimit(resource.RLIMIT_FSIZE, (20 << 20, 20 << 20))\n"
-                       "nb.load_images('MNIST', True)", "pixels", tmp_path)
-    assert child.end() == (
-        "Stopped: MNIST, unpacked, cannot be written (File too large): free some space, or"
-        " work in a folder of your own, and run this cell again.\n")
-    again = home.start("nb.load_images('MNIST', True)", "pixels", tmp_path).end()
-    assert again == ("Stopped: assets/data/MNIST/raw/train-images-idx3-ubyte is damaged: delete"
-                     " it and run this cell again.\n")
-    (packed / "train-images-idx3-ubyte").unlink()
-    assert home.start("print(len(nb.load_images('MNIST', True).data))", "pixels",
-                      tmp_path).end() == "60000\n"
-
-
-def test_disk_really_full_while_unpacking(home, tmp_path):
-    with small_disk(tmp_path / "disk", "40m"):
-        shutil.copytree(DATA, tmp_path / "disk/assets/data/MNIST/raw",
-                        ignore=lambda _, names: [n for n in names if n.endswith("ubyte")])
-        child = home.start("nb.load_images('MNIST', True)", "pixels", tmp_path / "disk")
-        assert child.end() == (
-            "Stopped: MNIST, unpacked, cannot be written (No space left on device): free some"
-            " space, or work in a folder of your own, and run this cell again.\n")
-
-
-# 3. Folders that may not be written
-
-def test_read_only_assets_are_copied(home, packed, tmp_path):
-    packed.chmod(0o555)
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    runs.chmod(0o777)
-    child = home.start("as_nobody()\nprint(len(nb.load_images('MNIST', True).data))\n"
-                       "print(len(nb.load_images('MNIST', False).data))", "pixels", tmp_path)
-    assert child.end() == "60000\n10000\n"
-    assert (runs / "data/MNIST/raw/t10k-images-idx3-ubyte").exists()
-    assert not list(packed.glob("*-ubyte"))
-
-
-@pytest.mark.parametrize("there", (False, True))
-def test_runs_cannot_be_written(home, packed, tmp_path, there):
-    if there:
-        (tmp_path / "runs").mkdir(mode=0o555)
-    tmp_path.chmod(0o555)
-    child = home.start("as_nobody()\nnb.load_images('MNIST', True)", "pixels", tmp_path)
-    assert child.end() == (
-        "Stopped: MNIST, unpacked, cannot be written (Permission denied): free some space, or"
-        " work in a folder of your own, and run this cell again.\n")
-    tmp_path.chmod(0o755)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_run_folder_cannot_be_written(home, tmp_path, kind):
-    (tmp_path / "run").mkdir(mode=0o555)
-    seen = home.start("as_nobody()\nnb.Watch.looks = []\n"
-                      "a_watch(kind, 'run', setting(kind)) if kind != 'latents' else 0\n"
-                      "training(kind, 'run', watch=step_said)", kind, tmp_path).end()
-    assert seen.endswith("Stopped: run cannot be written (Permission denied): free some space,"
-                         " or work in a folder of your own, and run this cell again.\n")
-    assert "step" not in seen  # before the first step, not after hours
-    assert kind == "latents" or "TensorBoard's logs end here" in seen
 
 
 # 4. Truncated, and flipped bits
@@ -515,7 +381,7 @@ finally:
 """, kind, tmp_path).end()
     assert seen == (
         "finite True step 7 losses 7\nStopped: the loss is nan at step 7: lower lr in CHANGES,"
-        " which starts a new run. The weights are still those of the step before.\n"), seen
+        " which starts a new run. What is saved is of a step before.\n"), seen
     assert content(tmp_path / "run")["step"] == 6
 
 
@@ -539,47 +405,9 @@ finally:
 """, kind, tmp_path).end()
     found = re.search(r"as before True finite True of step (\d+)\nStopped: the loss (explodes,"
                       r" it is [\d.e+]+|is \w+) at step \1: lower lr in CHANGES, which starts a"
-                      r" new run\. The weights are still those of the step before\.\n$", seen)
+                      r" new run\. What is saved is of a step before\.\n$", seen)
     assert found, seen
     assert int(found[1]) < 3 or content(tmp_path / "run")["step"] == int(found[1]) // 3 * 3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_out_of_memory_in_training(home, tmp_path, kind):
-    seen = home.start("""
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
-training(kind, "run", setting(kind, batch=20_000))
-""", kind, tmp_path).end()
-    assert seen == "Stopped: out of memory: restart the kernel and lower batch.\n"
-
-
-@pytest.mark.parametrize("kind", ("pixels", "latents"))
-def test_out_of_memory_in_sampling(home, tmp_path, kind):
-    seen = home.start("""
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
-cfg = setting(kind)
-net = nb.UNet(cfg, 1, None) if kind == "pixels" else nb.LatentUNet(cfg, 4, None)
-x_T = torch.zeros(20_000, *((1, 28, 28) if kind == "pixels" else (4, 7, 7)))
-nb.final(nb.sample(net, x_T, nb.make_alpha_bar(cfg.schedule, cfg.T), cfg.predict, 4))
-""", kind, tmp_path).end()
-    assert seen == ("Stopped: out of memory: restart the kernel and lower the number of"
-                    " pictures at once.\n")
-
-
-@pytest.mark.parametrize("said, full", (
-    ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"
-     " allocate 5 bytes", True), ("MPS backend out of memory", True),
-    ("DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes.", True),
-    ("CUDA out of memory. Tried to allocate 2.00 GiB", True), ("std::bad_alloc", True),
-    ("CUDA error: an illegal memory access was encountered", False),
-    ("unsupported memory format option ChannelsLast3d", False)))
-def test_other_errors_are_not_called_out_of_memory(nb, said, full):
-    with pytest.raises(nb.ReaderError if full else RuntimeError) as raised:
-        with nb.memory_for("batch"):
-            raise RuntimeError(said)
-    assert full == ("lower batch" in str(raised.value))
 
 
 # 9. The network
@@ -609,45 +437,3 @@ finally:
         r" assets/data/MNIST/raw, and run again\.\n", seen), seen
 
 
-# 10. Two notebooks at once
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_train_into_one_folder(home, undisturbed, tmp_path, kind):
-    slow = "training(kind, 'run', watch=lambda s: (step_said(s), time.sleep(0.2)))"
-    first = home.start(slow, kind, tmp_path)
-    first.until("step 4\n")
-    seen = home.start("training(kind, 'run', watch=step_said)", kind, tmp_path).end()
-    assert seen == ("Stopped: another notebook is training in run: wait for it, or stop it,"
-                    " and run this cell again.\n")
-    assert first.kill()
-    home.start("training(kind, 'run')", kind, tmp_path).end()
-    assert same(content(tmp_path / "run"), undisturbed[kind])
-
-
-def test_killed_while_unpacking(home, packed, tmp_path):
-    """The lock ends with the process; what is half unpacked is named, not read."""
-    first = home.start("""
-import gzip
-real = gzip.GzipFile.read
-def slow(self, size=-1):
-    content = real(self, size)
-    if len(content) > 10_000_000:
-        os.write(2, b"unpacking")
-        time.sleep(60)
-    return content
-gzip.GzipFile.read = slow
-nb.load_images("MNIST", True)
-""", "pixels", tmp_path)
-    first.until("unpacking")
-    waiting = home.start("nb.load_images('MNIST', True, patience=0.01)", "pixels", tmp_path)
-    assert waiting.end() == ("Stopped: another notebook is unpacking the data: wait for it, and"
-                             " run this cell again.\n")
-    assert first.kill()
-    assert home.start("nb.load_images('MNIST', True)", "pixels", tmp_path).end() == (
-        "Stopped: assets/data/MNIST/raw/train-images-idx3-ubyte is damaged: delete it and run"
-        " this cell again.\n")
-    (packed / "train-images-idx3-ubyte").unlink()
-    assert home.start("print(len(nb.load_images('MNIST', True).data))", "pixels",
-                      tmp_path).end() == "60000\n"
-    assert gzip.open(packed / "train-labels-idx1-ubyte.gz").read() == (
-        packed / "train-labels-idx1-ubyte").read_bytes()
