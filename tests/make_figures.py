@@ -23,13 +23,13 @@ PALE = {BLUE: "#dcecf7", ORANGE: "#fdf0d2", GREEN: "#d8f0e7", RED: "#fbe3d4",
 
 
 def garments(nb: types.ModuleType) -> dict:
-    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: DDIM, 100 steps, w = 2."""
+    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: 100 steps, eta = 0.5, w = 1."""
     cpu = torch.device("cpu")
     model, its = nb.load_model("fashionmnist", nb.Config(), 1, cpu)
     count = COLUMNS * ROWS
     y = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % 10
-    path = nb.sample(nb.guided(model, 2), nb.noise((count, 1, 28, 28), 11),
-                     nb.make_alpha_bar(its.schedule, its.T), its.predict, 100, y=y)
+    path = nb.sample(model, nb.noise((count, 1, 28, 28), 11),
+                     nb.make_alpha_bar(its.schedule, its.T), its.predict, 100, 0.5, y=y)
     return {t: (x_t, x0_hat) for t, x_t, x0_hat in path}
 
 

@@ -94,7 +94,7 @@ class Second(TorchFunctionMode):
     def without_device(args, kwargs):
         """The arguments with this machine's device in place of the other."""
         def real(value):
-            return HERE if value == AWAY and isinstance(value, torch.device) else value
+            return HERE if isinstance(value, torch.device) and value == AWAY else value
         return tuple(map(real, args)), {key: real(value) for key, value in kwargs.items()}
 
     @staticmethod
