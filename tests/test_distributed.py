@@ -123,7 +123,7 @@ def trained(place):
     return functools.cache(lambda count: finish(place / f"by-{count}", count))
 
 
-@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("count", (2,))
 def test_several_processes_train_as_one(trained, count):
     one, several = trained(1)[1][0], trained(count)[1]
     assert all(rank["step"] == STEPS for rank in several)
@@ -145,7 +145,7 @@ def test_training_moved_every_parameter(trained, nb):
         assert (value - fresh[key]).abs().max() > 1e-3, key
 
 
-@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("count", (2,))
 def test_ranks_share_the_batch_out(trained, count):
     whole, several = trained(1)[1][0]["share"], [rank["share"] for rank in trained(count)[1]]
     for number, part in enumerate(whole):
@@ -154,7 +154,7 @@ def test_ranks_share_the_batch_out(trained, count):
                    for rank, share in enumerate(several))
 
 
-@pytest.mark.parametrize("count", (1, 2, 4))
+@pytest.mark.parametrize("count", (1, 2))
 def test_one_checkpoint_and_one_voice(trained, place, count):
     shown, _ = trained(count)
     folder, = (place / f"by-{count}/runs").glob("fashion*")
@@ -175,7 +175,7 @@ def test_the_checkpoint_opens_without_processes(trained, place, nb, monkeypatch)
     assert identical(dict(state.model.state_dict()), dict(trained(2)[1][0]["model"]))
 
 
-@pytest.mark.parametrize("count", (2, 4))
+@pytest.mark.parametrize("count", (2,))
 def test_sharded_sampling_draws_the_same_pictures(trained, place, nb, count):
     """From one checkpoint, finished by one process, in the units of the last bit."""
     (shown, one), (again, several) = trained(1), finish(place / "by-1", count)
@@ -259,11 +259,11 @@ def test_a_batch_without_equal_shares_is_refused(place):
 
 def test_ranks_that_see_other_checkpoints_are_refused(trained, place):
     """As on two machines without a common disk: one resumes, the other would begin anew."""
-    trained(4)
+    trained(2)
     (place / "elsewhere").mkdir()
     (place / "elsewhere/assets").symlink_to(ROOT / "assets")
     move = LAUNCHED + '\n    os.chdir(["../elsewhere", "."][_rank])\n'
-    errors = refused(place / "by-4", 2, {LAUNCHED + '\n': move})
+    errors = refused(place / "by-2", 2, {LAUNCHED + '\n': move})
     assert "Stopped: some processes found another checkpoint in runs/fashion" in errors
 
 
