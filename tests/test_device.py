@@ -148,8 +148,9 @@ def test_no_cell_mixes_devices(name, tmp_path):
     book.cells.insert(0, nbformat.v4.new_code_cell(start + "; test_device.play()"))
     if name.startswith("latent"):
         book.cells.append(nbformat.v4.new_code_cell(MIXTURE))
-    NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute(
-        env={**os.environ, "DIFFUSION_PROFILE": "smoke"})
+    NotebookClient(book, timeout=900, startup_timeout=300,
+                   resources={"metadata": {"path": str(tmp_path)}}
+                   ).execute(env={**os.environ, "DIFFUSION_PROFILE": "smoke"})
     text = str([out.get("text") for cell in book.cells for out in cell.get("outputs", ())])
     assert "device mps" in text
     assert name[0] == "d" or re.search("refused: .*: tensors of two", text)

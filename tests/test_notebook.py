@@ -170,8 +170,8 @@ def run(source, folder, words={}, twice=False):
             cell.source = cell.source.replace(old, new)
     offline = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https")}
     env = {**os.environ, "DIFFUSION_PROFILE": "smoke", **offline}
-    NotebookClient(book, timeout=900, resources={"metadata": {"path": str(folder)}}
-                   ).execute(env=env)
+    NotebookClient(book, timeout=900, startup_timeout=300,
+                   resources={"metadata": {"path": str(folder)}}).execute(env=env)
     return book
 
 
