@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -24,20 +25,21 @@ def work(file, batch, steps):
     """One case, in each process: five steps to warm up, then those that count."""
     nb = load_definitions("diffusion_tutorial")
     torch.distributed.init_process_group("gloo")
-    rank, count = nb.processes()
-    cfg = nb.replace(nb.make_config("cpu", "FashionMNIST"), batch=batch, steps=5)
-    data = nb.load_images(cfg.dataset, train=True)
-    state = nb.State(cfg, 1, torch.device("cpu"))
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    cfg = nb.replace(nb.Config(), batch=batch)
+    images, labels, _ = nb.load_data(cfg.dataset)
+    run, schedule = nb.Run(cfg), nb.make_schedule(cfg.schedule, cfg.T)
     if count > 1:
-        state.network = torch.nn.parallel.DistributedDataParallel(state.model)
-    alpha_bar = nb.make_alpha_bar(cfg.schedule, cfg.T)
-    for cfg in (cfg, nb.replace(cfg, steps=5 + steps)):
-        state.seconds = 0.0
-        nb.train(state, data.data, data.targets, alpha_bar, cfg, None)
+        run.net = torch.nn.parallel.DistributedDataParallel(run.net)
+    for step in range(5 + steps):
+        if step == 5:
+            started = time.perf_counter()
+        share = tuple(part[rank::count] for part in nb.make_batch(images, labels, step, cfg))
+        nb.train_step(run, share, schedule, cfg)
     if rank == 0:
         Path(file).write_text(json.dumps({
-            "rate": steps * batch / state.seconds,
-            "dtype": str(state.model.dtype or torch.float32)[6:]}))
+            "rate": steps * batch / (time.perf_counter() - started),
+            "dtype": "bfloat16" if nb.has_bf16() else "float32"}))
     torch.distributed.destroy_process_group()
 
 

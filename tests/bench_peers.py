@@ -32,6 +32,7 @@ from diffusers import UNet2DModel
 from torch import nn
 from torchvision.utils import save_image
 
+GUIDANCE = (1.0, 2.0)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -44,9 +45,10 @@ class Peer(nn.Module):
                  up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
 
     def __init__(self, cfg, channels=1, dtype=None):
-        """As the notebook's networks; nothing of cfg is used."""
+        """As the notebooks' networks; nothing of cfg is used."""
         super().__init__()
-        self.dtype = dtype
+        self.dtype = dtype or (torch.bfloat16 if torch.cpu._is_avx512_bf16_supported()
+                               else None)
         self.net = UNet2DModel(28 // self.fold, channels * self.fold ** 2,
                                channels * self.fold ** 2, num_class_embeds=11, **self.sizes)
 
@@ -71,11 +73,11 @@ def prepare(nb, network, cfg, data):
     """The faster layout of a network, and its seconds per training step."""
     found = {}
     for name, layout in LAYOUTS.items():
-        state = nb.State(cfg, 1, torch.device("cpu"), network)
-        state.model.to(memory_format=layout)
-        alpha_bar, step, started = nb.make_alpha_bar(cfg.schedule, cfg.T), 0, 0.0
+        run = nb.Run(cfg, 1, network)
+        run.net.to(memory_format=layout)
+        schedule, step, started = nb.make_schedule(cfg.schedule, cfg.T), 0, 0.0
         while step < 4 or time.perf_counter() - started < 10:  # the first is slower
-            nb.train_step(state, nb.make_batch(*data, step, cfg), alpha_bar, cfg)
+            nb.train_step(run, nb.make_batch(*data, step, cfg), schedule, cfg)
             step += 1
             started = started or time.perf_counter()
         found[name] = (time.perf_counter() - started) / (step - 1)
@@ -83,29 +85,34 @@ def prepare(nb, network, cfg, data):
 
 
 def train(nb, name, network, cfg, data, layout):
-    """A State after cfg.steps, and the seconds it took."""
-    state = nb.State(cfg, 1, torch.device("cpu"), network)
-    for model in (state.model, state.ema):
+    """A Run after cfg.steps, and the seconds it took."""
+    run = nb.Run(cfg, 1, network)
+    for model in (run.net, run.ema):
         model.to(memory_format=LAYOUTS[layout])
-    alpha_bar = nb.make_alpha_bar(cfg.schedule, cfg.T)
+    schedule = nb.make_schedule(cfg.schedule, cfg.T)
     started = time.perf_counter()
     for step in range(cfg.steps):
-        loss = nb.train_step(state, nb.make_batch(*data, step, cfg), alpha_bar, cfg)
+        loss = nb.train_step(run, nb.make_batch(*data, step, cfg), schedule, cfg)
         if step % max(1, cfg.steps // 5) == 0:
             print(f"  {name}: step {step} of {cfg.steps}, loss {loss:.3f}", flush=True)
-    return state, time.perf_counter() - started
+    return run, time.perf_counter() - started
 
 
-def evaluate(nb, state, cfg, eta, args, net, real_test, floor):
+def evaluate(nb, run, cfg, eta, args, net, real_test, floor):
     """FID and excess with the better guidance weight, samples per second, 32 pictures."""
+    schedule = nb.make_schedule(cfg.schedule, cfg.T)
+    plain = nb.denoiser(run.ema, schedule, cfg.predict)
+
     def draw(n, seed, w):
-        """n uint8 images, and their FID."""
-        images, _ = nb.draw(state.ema, n, cfg, torch.device("cpu"), True, seed, args.calls,
-                            w, eta)
+        """n uint8 images, and their FID; a guided step costs two calls."""
+        y = torch.randint(10, (n,), generator=torch.Generator().manual_seed(seed))
+        times = nb.timesteps(cfg.T, args.calls if w == 1 else args.calls // 2)
+        images = nb.to_bytes(nb.draw(nb.guided(plain, w), schedule, y, times, (1, 28, 28),
+                                     eta, seed))
         return images, nb.fid(real_test, nb.features_of(net, images))
 
     few = max(2, args.samples // 5)
-    first = {w: draw(few, 300, w)[1] for w in (1.0, cfg.guidance)}
+    first = {w: draw(few, 300, w)[1] for w in GUIDANCE}
     best = min(first, key=first.get)
     started = time.perf_counter()
     images, score = draw(args.samples, 100, best)
@@ -144,18 +151,17 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     nb = load_definitions("diffusion_tutorial")
-    loaded = nb.load_images("FashionMNIST", True)
-    data = loaded.data[:-5000], loaded.targets[:-5000]
-    net = nb.Classifier().eval()
-    net.load_state_dict(nb.read_checkpoint(
-        ROOT / "assets/weights/classifier-fashionmnist.pt")["classifier"])
-    real_test = nb.features_of(net, nb.load_images("FashionMNIST", False).data)
-    floor, sd = nb.spread(real_test, nb.features_of(net, loaded.data[-10_000:]), args.samples)
-    noise = nb.to_uint8(torch.randn(2000, 1, 28, 28))
+    images, labels, _ = nb.load_data("FashionMNIST")
+    data, net = (images[:-5000], labels[:-5000]), nb.load_classifier("FashionMNIST")
+    real_test = nb.features_of(net, nb.load_data("FashionMNIST", False)[0])
+    held = nb.features_of(net, images[-10_000:]).split(args.samples)
+    floors = torch.tensor([nb.fid(real_test, part) for part in held[:5]])
+    floor, sd = floors.mean().item(), floors.std().item()
+    noise = nb.to_bytes(torch.randn(2000, 1, 28, 28))
     ceiling = nb.fid(real_test, nb.features_of(net, noise))
     print(f"N = {args.samples}: floor {floor:.3f} +- {sd:.3f}, ceiling {ceiling:.1f}")
 
-    ours = nb.make_config("cpu", "FashionMNIST")
+    ours = nb.Config()
     plain = replace(ours, batch=128, t_even=1.0)
     contenders = {
         "peer": (Peer, 0.0, replace(plain, lr=1e-3, schedule="linear", predict="eps",
@@ -169,10 +175,10 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                             text=True).stdout.strip()
     facts = {"dataset": "FashionMNIST", "N": args.samples, "calls": args.calls,
-             "guidance": [1.0, ours.guidance],
+             "guidance": GUIDANCE,
              "floor": round(floor, 4), "floor sd": round(sd, 4), "ceiling": round(ceiling, 2),
              "seed": 0, "device": f"{torch.get_num_threads()} threads, {flags}, 16-bit: "
-             f"{nb.fast_dtype(torch.device('cpu'))}", "machine": platform.machine(),
+             f"{nb.has_bf16()}", "machine": platform.machine(),
              "torch": torch.__version__, "commit": commit}
     results, pictures, out = {}, [], Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +193,11 @@ def main():
                 cfg = replace(cfg, steps=common, batch=128)
             else:
                 cfg = replace(cfg, steps=max(1, int(args.seconds / per_step)))
-            state, seconds = train(nb, key, network, cfg, data, layout)
-            row, images = evaluate(nb, state, cfg, eta, args, net, real_test, floor)
+            run, seconds = train(nb, key, network, cfg, data, layout)
+            row, images = evaluate(nb, run, cfg, eta, args, net, real_test, floor)
             results[key] = {
                 "steps": cfg.steps, "batch": cfg.batch, "seconds": round(seconds, 1),
-                "parameters": sum(p.numel() for p in state.model.parameters()),
+                "parameters": sum(p.numel() for p in run.net.parameters()),
                 "layout": layout, "trained images per second": round(
                     cfg.steps * cfg.batch / seconds, 1), **row}
             pictures.append(images)

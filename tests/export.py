@@ -9,9 +9,8 @@
 Page and slides are one file each and fetch nothing when they are shown: KaTeX turns the
 formulas into HTML, reveal.js is written into the deck (both by npm, while exporting).
 
-The script holds the cells tagged "train", for torchrun. With nbconvert alone (all processes
-then print the first two lines): jq '.cells |= map(select(.metadata.tags // [] |
-index("train")))' NOTEBOOK | jupyter nbconvert --stdin --to python --output runs/train
+The script, for torchrun, holds the cells tagged "train", the data, the settings, and the
+definitions of all cells before them.
 
 A lecture path lives in the metadata of its cells. Every cell of a path has
 
@@ -43,7 +42,7 @@ from pathlib import Path
 
 import nbformat
 from jinja2 import pass_context
-from nbconvert import HTMLExporter, PythonExporter
+from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
@@ -105,10 +104,10 @@ html, body { background: #fff; }
 .reveal .output_text { text-align: left; }
 .reveal img { margin: 0 auto .2em; display: block; max-width: none; }
 .reveal .caption { font-size: .8em; color: #444c55; }
-.reveal .frames input, .reveal .frames button, .reveal select { font-size: .8em;
-  vertical-align: middle; } .reveal .frames input { width: 560px !important; }
-.reveal .frames { margin-bottom: .6em; }
-.reveal .frames output { display: inline-block; min-width: 6em; text-align: left; }
+.reveal :is(.frames, .film) input, .reveal .frames button, .reveal select { font-size: .8em;
+  vertical-align: middle; } .reveal :is(.frames, .film) input { width: 560px !important; }
+.reveal :is(.frames, .film) { margin-bottom: .6em; }
+.reveal :is(.frames, .film) output { display: inline-block; min-width: 6em; text-align: left; }
 .reveal section.ask { background: #0b3a5b; color: #fff; padding: 200px 110px 60px; }
 .reveal section.ask p { font-size: 1.6em; line-height: 1.3; }
 .reveal section.ask p.where { font-size: .9em; color: #b9d4e6; margin: 0 0 .6em; }
@@ -127,10 +126,10 @@ function tooLarge(s) {
 function fit(s) {  // the largest type and pictures that the slide has room for
   s.style.display = 'block';
   const seen = [...s.querySelectorAll('img')].filter(i => i.style.display != 'none');
-  const stacks = seen.map(i => [...(i.closest('.frames') || {querySelectorAll: () => [i]})
-    .querySelectorAll('img')]);
+  const stacks = seen.map(i => [...(i.closest('.frames, .film')
+    || {querySelectorAll: () => [i]}).querySelectorAll('img')]);
   const shape = seen.map(i => { const r = i.getBoundingClientRect();
-    return [r.width / r.height, i.closest('.frames') ? W : 1.6 * i.naturalWidth]; });
+    return [r.width / r.height, i.closest('.frames, .film') ? W : 1.6 * i.naturalWidth]; });
   for (let k = 1.2; k > 0.3; k -= 0.02) {
     s.style.setProperty('--k', k.toFixed(2));
     const height = 620 * Math.min(k, 1) ** 3 / Math.max(1, seen.length);
@@ -524,25 +523,40 @@ def make_student(path: Path) -> str:
 
 # ---------------------------------------------------------------- a script for torchrun
 
-SILENT = """# Written by tests/export.py from the cells of {name} with the tag "train".
+SILENT = """# Written by tests/export.py from the cells of {name}.
 import os
 import sys
 if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
     sys.stdout = open(os.devnull, "w")
 
 """
+WHOLE = {"setup", "choose", "settings"}  # cells that are more than definitions
+
+
+def definitions(source: str) -> str:
+    """Imports, functions, classes and assignments to Capitalised names of a cell."""
+    lines, kept = source.splitlines(), []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) or (
+                isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+                and node.targets[0].id[0].isupper()):
+            first = min([node.lineno, *(d.lineno for d in getattr(
+                node, "decorator_list", []))])
+            kept.append("\n".join(lines[first - 1:node.end_lineno]))
+    return "\n\n".join(kept)
 
 
 def make_script(path: Path) -> str:
-    """The code cells tagged "train" as a Python program, plain Python only."""
-    book = read(path)
-    book.cells = [cell for cell in book.cells if cell.cell_type == "code"
-                  and "train" in cell.metadata.get("tags", [])]
-    check(bool(book.cells), f'no cell of {path} has the tag "train".')
-    text = PythonExporter(exclude_input_prompt=True).from_notebook_node(book)[0]
-    check("get_ipython()" not in text, f"a tagged cell of {path} has a magic or a !command,"
-          " which Python does not know.")
-    return SILENT.format(name=path.name) + text
+    """A program of the cells tagged "train", data, settings, and definitions before them."""
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    train = [n for n, c in enumerate(cells) if "train" in c.metadata.get("tags", [])]
+    check(bool(train), f'no cell of {path} has the tag "train".')
+    parts = []
+    for number, cell in enumerate(cells[:train[-1] + 1]):
+        source = "\n".join(line for line in cell.source.split("\n") if line[:1] not in "%!#"
+                           or not line)
+        parts.append(source if number in train or cell.id in WHOLE else definitions(source))
+    return SILENT.format(name=path.name) + "\n\n".join(filter(None, parts)) + "\n"
 
 
 def write(text: str, file: Path) -> None:

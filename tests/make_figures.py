@@ -2,9 +2,10 @@
 
 assets/figures/hero.gif: garments out of noise, by the shipped weights and the pixel
 notebook's own sampler. assets/figures/map.svg: the model on one page. Its shapes and
-numbers come from the notebooks' definitions; tests/test_figures.py compares them.
+numbers come from the notebooks' definitions.
 """
 import base64
+import io
 import os
 import types
 from html import escape
@@ -23,13 +24,13 @@ PALE = {BLUE: "#dcecf7", ORANGE: "#fdf0d2", GREEN: "#d8f0e7", RED: "#fbe3d4",
 
 
 def garments(nb: types.ModuleType) -> dict:
-    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: 100 steps, eta = 0.5, w = 1."""
-    cpu = torch.device("cpu")
-    model, its = nb.load_model("fashionmnist", nb.Config(), 1, cpu)
-    count = COLUMNS * ROWS
+    """{t: (x_t, x0_hat)} of COLUMNS * ROWS pictures: DDIM, 100 steps, w = 2."""
+    net, cfg = nb.load_net(ROOT / "assets/weights/fashionmnist.pt")
+    schedule, count = nb.make_schedule(cfg.schedule, cfg.T), COLUMNS * ROWS
     y = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % 10
-    path = nb.sample(model, nb.noise((count, 1, 28, 28), 11),
-                     nb.make_alpha_bar(its.schedule, its.T), its.predict, 100, 0.5, y=y)
+    denoise = nb.guided(nb.denoiser(net, schedule, cfg.predict), 2)
+    path = nb.sample(denoise, nb.draw_noise((count, 1, 28, 28), 11), schedule,
+                     nb.timesteps(cfg.T, 100), y=y)
     return {t: (x_t, x0_hat) for t, x_t, x0_hat in path}
 
 
@@ -44,7 +45,8 @@ def frame(nb: types.ModuleType, path: dict, tick: int) -> Image.Image:
         step = 1 if t < 150 else 3
         grey = (path[t][0][i].clamp(-1, 1) + 1) * 7.5  # 0 to 15
         tiles.append((grey / step).round() * step / 7.5 - 1)
-    levels = (nb.grid(torch.stack(tiles), COLUMNS)[..., 0] / 17).round().byte()
+    grid = nb.make_grid(torch.stack(tiles) / 2 + 0.5, COLUMNS, 1, pad_value=1.0)
+    levels = (grid[0] * 15).round().byte()
     levels = levels.repeat_interleave(ZOOM, 0).repeat_interleave(ZOOM, 1)
     picture = Image.fromarray(levels.numpy(), "P")
     picture.putpalette([17 * level for level in range(16) for _ in "rgb"])
@@ -109,27 +111,29 @@ def arrow(points: str, color: str = INK, dashed: bool = False) -> str:
             + (' stroke-dasharray="7 5"' if dashed else "") + "/>")
 
 
-def thumb(nb: types.ModuleType, x: int, y: int, side: int, picture: torch.Tensor) -> str:
+def thumb(x: int, y: int, side: int, picture: torch.Tensor) -> str:
     """A real picture [1, 28, 28], its pixels kept sharp."""
-    content = nb.png(nb.to_uint8(picture)[0][..., None].repeat(1, 1, 3))
+    file, grey = io.BytesIO(), (picture[0].clamp(-1, 1) + 1) * 127.5
+    Image.fromarray(grey.round().byte().numpy()).save(file, "png", optimize=True)
+    content = file.getvalue()
     return (f'<image x="{x}" y="{y}" width="{side}" height="{side}" style="'
             'image-rendering:pixelated" href="data:image/png;base64,'
             f'{base64.b64encode(content).decode()}"/>')
 
 
 def schedule_panel(nb: types.ModuleType, says: dict) -> str:
-    """1 and 2, at the left: the curve of alpha_bar, and the jump to x_t."""
-    curve = nb.make_alpha_bar(says["schedule"], int(says["T"]))[::50].tolist()
+    """1 and 2, at the left: the curve of the signal, and the jump to x_t."""
+    curve = nb.make_schedule(says["schedule"], int(says["T"])).signal[::50].tolist()
     line = " ".join(f"{44 + 210 * i / (len(curve) - 1):.1f},{190 - 84 * value:.1f}"
                     for i, value in enumerate(curve))
     return "\n".join((
         box(24, 64, 250, 162, BLUE), text(40, 92, "1  Noise schedule", 19, extra=BOLD),
         f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="4"/>',
-        text(44, 158, "`a =`", 16), text(44, 180, "`alpha_bar[t]`", 16),
+        text(44, 180, "`signal[t]`", 16),
         text(44, 214, "t = 0", 16), text(254, 214, f"t = {says['T']}", 16, "end"),
         arrow("149,226 149,256"),
         box(24, 258, 250, 174, BLUE), text(40, 286, "2  Forward process", 19, extra=BOLD),
-        text(40, 316, "`x_t = √a x_0`", 18), text(40, 340, "`+ √(1-a) eps`", 18)))
+        text(40, 316, "`x_t = signal x_0`", 18), text(40, 340, "`+ noise eps`", 18)))
 
 
 def unet_panel(says: dict) -> str:
@@ -164,12 +168,12 @@ def reverse_panel() -> str:
     return "\n".join((
         box(936, 64, 320, 150, GREEN), text(952, 92, "4  Guess the picture", 19,
                                             extra=BOLD),
-        text(952, 124, "`x0_hat =`", 17), text(952, 150, "`√a x_t - √(1-a) v`", 17),
+        text(952, 124, "`x0_hat =`", 17), text(952, 150, "`signal x_t - noise v`", 17),
         text(952, 190, "clamped to [-1, 1]", 16), arrow("1096,214 1096,244"),
         box(936, 246, 320, 186, BLUE), text(952, 274, "5  Reverse step", 19, extra=BOLD),
-        text(952, 304, "`x_s = √b x0_hat`", 17),
-        text(952, 330, "`+ √(1-b-σ²) eps_hat`", 17), text(952, 356, "`+ σ z`", 17),
-        text(952, 390, "`b = alpha_bar[s]`, `s < t`", 16),
+        text(952, 304, "`x_s = signal x0_hat`", 17),
+        text(952, 330, "`+ √(noise²-σ²) eps_hat`", 17), text(952, 356, "`+ σ z`", 17),
+        text(952, 390, "both curves at `s < t`", 16),
         text(952, 416, "σ = 0 is DDIM", 16),
         arrow("1096,432 1096,462 292,462 292,134 336,134", INK),
         text(694, 454, "`s` becomes the next `t`", 17, "middle")))
@@ -200,10 +204,10 @@ BOLD = 'font-weight="bold"'
 
 def draw_map(nb: types.ModuleType, latent: types.ModuleType, path: dict) -> str:
     """The whole drawing as SVG; path as garments() gives it."""
-    says, curve = facts(nb, latent), nb.make_alpha_bar("cosine", 1000)
+    says, curve = facts(nb, latent), nb.make_schedule("cosine", 1000)
     (x_0, _), (eps, _), (x_t, x0_hat), (x_s, _) = (
         [part[3] for part in path[t]] for t in (0, 1000, 500, 400))
-    mixed = nb.q_sample(x_0[None], torch.tensor([500]), eps[None], curve)[0]
+    mixed = nb.add_noise(x_0[None], torch.tensor([500]), eps[None], curve)[0]
     heads = "".join(
         f'<marker id="head-{color[1:]}" viewBox="0 0 10 10" refX="9" refY="5" '
         f'markerWidth="6" markerHeight="6" orient="auto"><path d="M0,0 L10,5 L0,10 z" '
@@ -212,7 +216,7 @@ def draw_map(nb: types.ModuleType, latent: types.ModuleType, path: dict) -> str:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1280 720" role="img" '
         f'aria-labelledby="title desc" font-family="sans-serif" fill="{INK}">',
         '<title id="title">A diffusion model on one page</title>',
-        '<desc id="desc">The noise schedule gives alpha_bar; the forward process mixes '
+        '<desc id="desc">The noise schedule gives signal and noise; the forward process mixes '
         "picture and noise to x_t; a U-Net with time and label predicts v; from it "
         "follows the guess x0_hat; the reverse step goes to a smaller t; then again. "
         "Below, the latent variant: encoder, the same loop on codes, decoder.</desc>",
@@ -220,15 +224,15 @@ def draw_map(nb: types.ModuleType, latent: types.ModuleType, path: dict) -> str:
         text(24, 42, "A diffusion model on one page", 27, extra=BOLD),
         text(1256, 42, "shapes: channels x height x width", 17, "end"),
         schedule_panel(nb, says), unet_panel(says), reverse_panel(), latent_lane(says),
-        thumb(nb, 44, 356, 60, x_0), thumb(nb, 119, 356, 60, eps),
-        thumb(nb, 194, 356, 60, mixed), thumb(nb, 338, 104, 58, x_t),
-        thumb(nb, 1180, 130, 60, x0_hat), thumb(nb, 1180, 356, 60, x_s),
+        thumb(44, 356, 60, x_0), thumb(119, 356, 60, eps),
+        thumb(194, 356, 60, mixed), thumb(338, 104, 58, x_t),
+        thumb(1180, 130, 60, x0_hat), thumb(1180, 356, 60, x_s),
         text(111, 394, "+", 20, "middle"), text(186, 394, "=", 20, "middle"),
         text(408, 126, f"`x_t` {says['picture']}", 17),
         text(842, 140, f"`v` {says['picture']}", 17, "end"),
         arrow("274,330 291,330"),
         box(24, 482, 608, 36, ORANGE, ["Training: 1, 2, 3. Loss: squared error of `v`"
-                                       " = `√a eps - √(1-a) x_0`"], 16),
+                                       " = `signal eps - noise x_0`"], 16),
         box(648, 482, 608, 36, BLUE, ["Sampling: 3, 4, 5, again and again, from pure "
                                       f"noise at t = {says['T']} to t = 0"], 16),
         "</svg>", ""))
