@@ -512,3 +512,17 @@ def test_guidance_at_zero_and_one_is_no_label_and_label(nb, tiny):
         t = torch.full((4,), 15)
         torch.testing.assert_close(banded(x, t, y), 3 * denoise(x, t, y) - 2 * denoise(x, t),
                                    atol=1e-4, rtol=1e-4)
+
+
+def test_another_road_begins_and_ends_where_the_own_one_does(nb):
+    told = []
+
+    def spy(x_t, t, y=None):
+        """Remembers which time it was told."""
+        told.append(int(t[0]))
+        return x_t
+
+    there = nb.on_road(spy, nb.make_schedule("cosine", 100), nb.make_schedule("flow", 100))
+    for t in (100, 50, 1):
+        there(torch.zeros(1, 1, 4, 4), torch.tensor([t]))
+    assert told == [100, 50, 1]
