@@ -1,67 +1,21 @@
 """Shared by all tests: the small profile, and the notebooks' own definitions."""
-import ast
 import os
 import shutil
 import sys
 import types
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets/tools"))
+from definitions import DEFINES, ROOT, code_cells, load_definitions, parse  # noqa: E402, F401
+
 os.environ.setdefault("DIFFUSION_PROFILE", "smoke")  # the notebooks run small under nbval
-ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
          "--disable-background-networking --disable-component-update --disable-sync").split()
-DEFINES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-
-
-def parse(source: str) -> ast.Module:
-    """The syntax tree of a cell; its magics become `pass`, so line numbers stay."""
-    return ast.parse("\n".join("pass" if line.lstrip()[:1] in ("%", "!") else line
-                               for line in source.split("\n")))
-
-
-def code_cells(name: str) -> list[nbformat.NotebookNode]:
-    """The code cells of a notebook; name without .ipynb."""
-    book = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    return [cell for cell in book.cells if cell.cell_type == "code"]
-
-
-def is_definition(source: str) -> bool:
-    """True if a cell holds only imports, functions and classes."""
-    body = parse(source).body
-    return bool(body) and all(isinstance(node, DEFINES) for node in body)
-
-
-def keeps(node: ast.stmt) -> bool:
-    """True for imports, functions, classes, and assignments to a Capitalised name."""
-    return isinstance(node, DEFINES) or (
-        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id[0].isupper())
-
-
-def load_definitions(name: str) -> types.ModuleType:
-    """A module made of a notebook's definitions, on the CPU; name without .ipynb.
-
-    Of the latent notebook (first edition) those of cells that hold nothing else.
-    """
-    module = types.ModuleType(name)
-    sys.modules[name] = module
-    module.device = torch.device("cpu")
-    module.images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)  # for sizes and channels
-    whole = name == "diffusion_tutorial"
-    for cell in code_cells(name):
-        tree = parse(cell.source)
-        if whole:
-            tree.body = [node for node in tree.body if keeps(node)]
-        elif not is_definition(cell.source):
-            continue
-        exec(compile(tree, f"{name}:{cell.id}", "exec"), module.__dict__)
-    return module
 
 
 @pytest.fixture(scope="session")

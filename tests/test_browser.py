@@ -19,7 +19,7 @@ from conftest import CHROMIUM, FLAGS, ROOT
 NOTEBOOKS = ("diffusion_tutorial.ipynb", "latent_diffusion_cab.ipynb")
 FRONT_END = os.environ.get("BROWSER_FRONT_END", "lab")  # or "notebook"
 ADDRESS = {"lab": "lab/tree", "notebook": "notebooks"}[FRONT_END]
-SLIDER = ".jp-OutputArea-output :is(.film, .frames)"  # of this edition and of the first
+SLIDER = ".jp-OutputArea-output .film"
 SETTINGS = {  # all cells stay in the page
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}

@@ -129,10 +129,11 @@ def play():
     Second().__enter__()
 
 
-# The mistake that once stopped the latent notebook, in its cell "budget", on every GPU.
+# The mistake that once stopped the latent notebook, as it counted arithmetic, on every GPU.
 MIXTURE = """
+print(device)
 try:
-    multiply_adds(model, torch.zeros(1, *shape[1:]), torch.ones(1).long())
+    multiply_adds(lambda: run.net(torch.zeros(1, *code_shape), torch.ones(1).long()))
 except RuntimeError as error:
     print("refused:", error)
 """

@@ -119,6 +119,7 @@ def test_average_warms_up_and_forgets_the_start(nb, tiny):
         with torch.no_grad():
             for p in run.net.parameters():
                 p.fill_(float(n * n))
+        run.scheduler.last_epoch = n + 1  # as after train_step
         run.ema.update_parameters(run.net)
         keep = (1 + n) / (10 + n) if n else 0  # first a copy
         average = keep * average + (1 - keep) * n * n
@@ -242,16 +243,22 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(nb, undisturbed
 
 # ------------------------------------------------------------------------- type hints
 
+def shell_with(*ids: str) -> InteractiveShell:
+    """An IPython shell, with the notebook's own magic, in which these cells were run."""
+    shell = InteractiveShell.instance()
+    for cell in code_cells("diffusion_tutorial"):
+        if cell.id in ("setup", "noise-def", "schedule-first-def", "add-noise", *ids):
+            lines = cell.source.split("\n\n\nx_0 =")[0].split("\n\n\ncopies, t =")[0]
+            assert shell.run_cell(lines).success, cell.id
+    shell.run_cell("x = torch.zeros(2, 1, 4, 4)\nt = torch.tensor([3, 5])")
+    return shell
+
+
 def test_hints_refuse_a_wrong_shape_in_four_lines(monkeypatch):
-    """In an IPython shell with the notebook's own magic, as a reader sees it."""
-    shell, said = InteractiveShell.instance(), io.StringIO()
+    said = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", said)
-        for cell in code_cells("diffusion_tutorial"):
-            if cell.id in ("setup", "noise-def", "schedule-first-def", "add-noise"):
-                lines = cell.source.split("\n\n\nx_0 =")[0].split("\n\n\ncopies =")[0]
-                assert shell.run_cell(lines).success, said.getvalue()
-        shell.run_cell("x = torch.zeros(2, 1, 4, 4)\nt = torch.tensor([3, 5])")
+        shell = shell_with()
         assert shell.run_cell("add_noise(x, t, x, circle)").success
         for call, words in (("add_noise(x, t, x[0], circle)", ("add_noise", "eps")),
                             ("add_noise(x, t.float(), x, circle)", ("add_noise", "t")),
@@ -262,3 +269,12 @@ def test_hints_refuse_a_wrong_shape_in_four_lines(monkeypatch):
             lines = said.getvalue().strip("\0\n").split("\n")
             assert len(lines) <= 4 and all(len(line) < 400 for line in lines), lines
             assert all(word in said.getvalue() for word in words), lines
+
+
+def test_sampling_keeps_no_graph_where_hints_are_checked():
+    """A generator under torch.no_grad loses it when its hints are checked."""
+    shell = shell_with("blocks-def", "first-unet", "schedule-def", "bayes", "sample-def")
+    assert shell.run_cell(
+        "w = torch.ones(1, requires_grad=True)\n"
+        "way = sample(lambda x, t, y: w * x, x, make_schedule('cosine', 50), [50, 25, 0])\n"
+        "assert not any(part.requires_grad for step in way for part in step[1:])").success

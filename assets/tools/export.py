@@ -1,10 +1,10 @@
 """Web page, slides, lecture plan, student's copy, script of a notebook. By hand, seconds:
 
-    python tests/export.py html diffusion_tutorial.ipynb
-    python tests/export.py slides diffusion_tutorial.ipynb --minutes 50
-    python tests/export.py lecture diffusion_tutorial.ipynb
-    python tests/export.py student diffusion_tutorial.ipynb
-    python tests/export.py script diffusion_tutorial.ipynb
+    python assets/tools/export.py html diffusion_tutorial.ipynb
+    python assets/tools/export.py slides diffusion_tutorial.ipynb --minutes 50
+    python assets/tools/export.py lecture diffusion_tutorial.ipynb
+    python assets/tools/export.py student diffusion_tutorial.ipynb
+    python assets/tools/export.py script diffusion_tutorial.ipynb
 
 Page and slides are one file each and fetch nothing when they are shown: KaTeX turns the
 formulas into HTML, reveal.js is written into the deck (both by npm, while exporting).
@@ -47,7 +47,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"katex": "0.19.1", "reveal.js": "6.0.2"}
 LIMIT = 12_000_000  # bytes of an exported page
 DEAD = ("This control needs a running notebook. The pictures around it tell the story"
@@ -523,7 +523,7 @@ def make_student(path: Path) -> str:
 
 # ---------------------------------------------------------------- a script for torchrun
 
-SILENT = """# Written by tests/export.py from the cells of {name}.
+SILENT = """# Written by assets/tools/export.py from the cells of {name}.
 import os
 import sys
 if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks

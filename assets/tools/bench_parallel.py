@@ -1,7 +1,7 @@
 """Images a second in training by one process and by two, one thread each. By hand, 3 minutes
 on a machine with two cores and nothing else to do:
 
-    python tests/bench_parallel.py
+    python assets/tools/bench_parallel.py
 
 The cases take turns, round after round; torchrun starts each. Writes scaling.json.
 """
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, load_definitions
+from definitions import ROOT, load_definitions
 
 CASES = ((1, 32), (2, 32), (2, 64))  # processes, images a step of all together
 

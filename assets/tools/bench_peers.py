@@ -1,6 +1,6 @@
 """Ours beside two peers: equal wall time and equal steps. By hand, 75 minutes:
 
-    python tests/bench_peers.py --calls 25 --steps 200
+    python assets/tools/bench_peers.py --calls 25 --steps 200
 
 - peer: diffusers' UNet2DModel as in the Hugging Face diffusion course, unit 1 (channels
   32-64-64, attention in the lower two levels), batch 128, Adam's rate 1e-3, eps, linear betas;
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load_definitions
+from definitions import ROOT, load_definitions
 from diffusers import UNet2DModel
 from torch import nn
 from torchvision.utils import save_image

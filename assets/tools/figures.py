@@ -1,4 +1,4 @@
-"""Draw README's two pictures anew: python tests/make_figures.py (about a minute).
+"""Draw README's two pictures anew: python assets/tools/figures.py (about a minute).
 
 assets/figures/hero.gif: garments out of noise, by the shipped weights and the pixel
 notebook's own sampler. assets/figures/map.svg: the model on one page. Its shapes and
@@ -11,7 +11,7 @@ import types
 from html import escape
 
 import torch
-from conftest import ROOT, load_definitions
+from definitions import ROOT, load_definitions
 from PIL import Image
 
 FIGURES = ROOT / "assets/figures"
@@ -64,9 +64,8 @@ def hero(nb: types.ModuleType, path: dict) -> None:
 
 def facts(nb: types.ModuleType, latent: types.ModuleType) -> dict[str, str]:
     """What the map says in numbers, by running the two networks once."""
-    cfg, (space, its) = nb.Config(), latent.make_config("cpu", "MNIST")
-    net, small = nb.UNet(cfg), latent.LatentUNet(its, space.channels)
-    coder, shape = latent.Autoencoder(space), {}
+    cfg, coder, shape = nb.Config(), latent.Autoencoder(), {}
+    net, small = nb.UNet(cfg), latent.LatentUNet(nb.Config(widths=(40, 80), blocks=1), 4)
     for key, part in (("14", net.stem), ("7", net.shrink), ("e", net.time),
                       ("latent 7", small.stem), ("latent 4", small.shrink)):
         part.register_forward_hook(lambda module, inputs, out, key=key: shape.update(
@@ -82,7 +81,7 @@ def facts(nb: types.ModuleType, latent: types.ModuleType) -> dict[str, str]:
             "picture": "x".join(map(str, out.shape[1:])),
             "code": "x".join(map(str, code.shape[1:])),
             "waves": str(net.time[0].in_features),
-            "coder widths": f"{space.widths[0]}, {space.widths[1]}"}
+            "coder widths": "24, 48"}
 
 
 def text(x: float, y: float, words: str, size: int = 17, anchor: str = "start",

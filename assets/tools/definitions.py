@@ -1,0 +1,43 @@
+"""The definitions of a notebook, for tests and tools: the notebooks are the program."""
+import ast
+import sys
+import types
+from pathlib import Path
+
+import nbformat
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFINES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
+def parse(source: str) -> ast.Module:
+    """The syntax tree of a cell; its magics become `pass`, so line numbers stay."""
+    return ast.parse("\n".join("pass" if line.lstrip()[:1] in ("%", "!") else line
+                               for line in source.split("\n")))
+
+
+def code_cells(name: str) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook; name without .ipynb."""
+    book = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def keeps(node: ast.stmt) -> bool:
+    """True for imports, functions, classes, and assignments to a Capitalised name."""
+    return isinstance(node, DEFINES) or (
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id[0].isupper())
+
+
+def load_definitions(name: str) -> types.ModuleType:
+    """A module made of a notebook's definitions, on the CPU; name without .ipynb."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    module.device = torch.device("cpu")
+    module.images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)  # for sizes and channels
+    for cell in code_cells(name):
+        tree = parse(cell.source)
+        tree.body = [node for node in tree.body if keeps(node)]
+        exec(compile(tree, f"{name}:{cell.id}", "exec"), module.__dict__)
+    return module

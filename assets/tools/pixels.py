@@ -1,0 +1,106 @@
+"""The long measurements of diffusion_tutorial.ipynb, by the notebook's own functions.
+
+    python assets/tools/pixels.py worth     what three choices of training are worth
+    python assets/tools/pixels.py more      what 2, 5, 10 and 30 minutes of training give
+
+Both write to assets/results. One thread; half an hour each.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from definitions import ROOT, load_definitions
+
+os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
+
+
+def where() -> dict:
+    """Device, version and commit of a measurement."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
+             if line.startswith("model name")] if cpu.exists() else []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
+                            capture_output=True, cwd=ROOT).stdout.strip()
+    return {"device": f"one thread of {(names or [platform.machine()])[0]}",
+            "torch": torch.__version__, "commit": commit}
+
+
+def write(name: str, rows: list[dict]) -> None:
+    """Rows, and where they were made."""
+    Path("assets/results", f"{name}.json").write_text(
+        json.dumps(where() | {"rows": rows}, indent=1))
+
+
+def prepare(name: str = "FashionMNIST") -> object:
+    """The notebook's definitions, the training pictures, and an excess FID."""
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    nb = load_definitions("diffusion_tutorial")
+    everything, labels, _ = nb.load_data(name)
+    nb.images, nb.labels = everything[:-5000], labels[:-5000]
+    classifier = nb.load_classifier(name)
+    real = nb.features_of(classifier, nb.load_data(name, train=False)[0])
+    held_out = nb.features_of(classifier, everything[-10_000:])
+
+    def excess(net: object, cfg: object, n: int, seed: int) -> float:
+        """Of n pictures, random labels, 25 calls, eta = 0.5."""
+        road = nb.make_schedule(cfg.schedule, cfg.T)
+        x = nb.draw(nb.denoiser(net, road, cfg.predict), road,
+                    nb.random_labels(n, 10, seed), nb.timesteps(cfg.T, 25), (1, 28, 28),
+                    0.5, seed)
+        floors = [nb.fid(real, part) for part in held_out.split(n)[:5]]
+        return nb.fid(real, nb.features_of(classifier, nb.to_bytes(x))) - sum(floors) / 5
+
+    nb.excess = excess
+    return nb
+
+
+def worth(nb: object) -> None:
+    """Flow against v, even t against most t from the middle, the average: five seeds."""
+    rows = []
+    for seed in range(5):
+        for name, change in {"v": {}, "flow": dict(schedule="flow", predict="flow"),
+                             "uniform t": dict(t_even=1.0)}.items():
+            cfg = nb.Config(steps=1500, seed=seed, **change)
+            run = nb.Run(cfg, 1)
+            nb.train(run, nb.images, nb.labels, cfg, Path(f"runs/worth-{name}-{seed}.pt"),
+                     save_every=10**9)
+            row = {"variant": name, "seed": seed, "steps": 1500, "N": 1000,
+                   "averaged": nb.excess(run.ema, cfg, 1000, 100 + 10 * seed)}
+            if name == "v":
+                row["last"] = nb.excess(run.net, cfg, 1000, 100 + 10 * seed)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    write("worth-fashionmnist", rows)
+
+
+def more(nb: object) -> None:
+    """Runs of 2000 and 5000 steps, and the second trained on for 5000 and 20,000 more."""
+    rows, run = [], None
+    for steps, total in ((2000, 2000), (5000, 5000), (5000, 10_000), (20_000, 30_000)):
+        cfg = replace(nb.Config(), steps=steps)
+        file = Path(f"runs/more-{total}.pt")
+        last, run = run, nb.Run(cfg, 1)
+        if total > 5000:
+            cfg = replace(cfg, lr=2e-3, ema_decay=0.999)
+            run = nb.train_on(last, cfg)
+        if file.exists():
+            run.load(file)
+        nb.train(run, nb.images, nb.labels, cfg, file)
+        scores = [nb.excess(run.ema, cfg, 1000, seed) for seed in (100, 200, 300)]
+        y, road = torch.arange(10), nb.make_schedule(cfg.schedule, cfg.T)
+        x = nb.draw(nb.denoiser(run.ema, road, cfg.predict), road, y,
+                    nb.timesteps(cfg.T, 50), (1, 28, 28), 0.5, 7)
+        rows.append({"steps": total, "N": 1000, "excess": scores,
+                     "pictures": nb.to_bytes(x).flatten().tolist()})
+        print(total, scores, flush=True)
+        write("more-fashionmnist", rows)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](prepare())
