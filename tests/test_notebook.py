@@ -260,7 +260,7 @@ def test_alone_in_an_empty_folder_by_one_word_every_cell_twice(tmp_path):
     shutil.copytree(ROOT / "assets/data/MNIST", tmp_path / "assets/data/MNIST")
     book = execute(ROOT / PIXELS, tmp_path, {'DATASET = "FashionMNIST"': 'DATASET = "MNIST"'},
                    times=2)
-    assert "Later parts use the network trained above" in shown(book)
+    assert "Later parts use runs" in shown(book)
     assert "FashionMNIST" not in shown(book)
     assert {path.name for path in tmp_path.iterdir()} == {"assets", "runs"}
 
@@ -270,7 +270,7 @@ def test_a_folder_of_shapes_by_one_word(tmp_path):
     from test_own import draw_shapes
     draw_shapes(tmp_path / "shapes", 60)
     book = execute(ROOT / PIXELS, tmp_path, {'"FashionMNIST"  #': '"shapes"  #'})
-    assert "Later parts use the network trained above" in shown(book)
+    assert "Later parts use runs" in shown(book)
 
 
 def test_latent_clothes_alone_in_an_empty_folder_every_cell_twice(tmp_path):
