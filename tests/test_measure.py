@@ -42,7 +42,7 @@ def test_fid_equals_its_formula(nb, features):
 def test_excess_is_fid_less_the_mean_floor_at_the_same_number(nb, features):
     real, fake = features
     eye = nb.Eye(lambda x: fake, real, torch.randn(1300, 128))
-    by_hand = [nb.fid(real, eye.held_out[i:i + 500]) for i in (0, 500, 1000)]
+    by_hand = [nb.fid(real, eye.held_out[i:i + 500]) for i in (0, 500)]  # whole sets
     assert nb.floors(eye, 500) == pytest.approx(by_hand)
     assert nb.excess_fid(eye, torch.zeros(500, 1, 4, 4, dtype=torch.uint8)) == pytest.approx(
         nb.fid(real, fake) - np.mean(by_hand))
