@@ -1,5 +1,8 @@
-"""The definitions of a notebook, for tests and tools: the notebooks are the program."""
+"""For tests and tools: a notebook's definitions, and how a result is kept."""
 import ast
+import json
+import platform
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -41,3 +44,20 @@ def load_definitions(name: str) -> types.ModuleType:
         tree.body = [node for node in tree.body if keeps(node)]
         exec(compile(tree, f"{name}:{cell.id}", "exec"), module.__dict__)
     return module
+
+
+def where() -> dict:
+    """Device, version and commit of a measurement on one thread."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
+             if line.startswith("model name")] if cpu.exists() else []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
+                            capture_output=True, cwd=ROOT).stdout.strip()
+    return {"device": f"one thread of {(names or [platform.machine()])[0]}",
+            "torch": torch.__version__, "commit": commit}
+
+
+def keep(name: str, rows: list[dict]) -> None:
+    """Write rows, and where they were made, to assets/results."""
+    (ROOT / f"assets/results/{name}.json").write_text(
+        json.dumps(where() | {"rows": rows}, indent=1))

@@ -1,6 +1,6 @@
 """The long measurements of latent_diffusion_cab.ipynb, by the notebook's own functions.
 
-    python assets/tools/latents.py beta|gates|against|weights|verdict MNIST
+    python assets/tools/latents.py beta|gates|against|weights|choose|verdict MNIST
 
 Each writes to assets/results, weights and verdict to assets/weights. One thread, a quarter
 of an hour to an hour each.
@@ -8,15 +8,13 @@ of an hour to an hour each.
 import hashlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from definitions import ROOT, load_definitions
+from definitions import ROOT, keep, load_definitions, where
 
 os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
 
@@ -53,22 +51,6 @@ def as_asked(nb: object, x: torch.Tensor, y: torch.Tensor) -> float:
     """Share of the pictures in which the classifier sees their label."""
     seen = nb.yardstick.head(nb.features_of(nb.yardstick, nb.to_bytes(x))).argmax(1)
     return (seen == y).float().mean().item()
-
-
-def where() -> dict:
-    """Device, version and commit of a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
-                            capture_output=True, cwd=ROOT).stdout.strip()
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    device = f"one thread of {model[0].split(': ')[1] if model else platform.machine()}"
-    return {"device": device, "torch": torch.__version__, "commit": commit}
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Rows, and where they were made."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(where() | {"rows": rows}, indent=1))
 
 
 def encode(nb: object, coder: object) -> tuple:
@@ -120,7 +102,7 @@ def beta(nb: object, name: str) -> None:
                      "excess, decoded noise": excess(nb, blind),
                      "excess, samples": excess(nb, latent.draw(y))})
         print(rows[-1], flush=True)
-        write(Path(f"assets/results/beta-{name.lower()}.json"), rows)
+        keep(f"beta-{name.lower()}", rows)
 
 
 def gates(nb: object, name: str) -> None:
@@ -130,7 +112,7 @@ def gates(nb: object, name: str) -> None:
         for gate in nb.GATES:
             rows.append(nb.ablate(gate, seed, 500))
             print(rows[-1], flush=True)
-    write(Path(f"assets/results/gates-{name.lower()}.json"), rows)
+    keep(f"gates-{name.lower()}", rows)
 
 
 def against(nb: object, name: str) -> None:
@@ -165,7 +147,7 @@ def against(nb: object, name: str) -> None:
                          "trained on": steps * 32 if model == "pixels" else 128 * 1000,
                          "multiply-adds / 10^12": budget / 1e12})
             print(rows[-1], flush=True)
-        write(Path(f"assets/results/against-{name.lower()}.json"), rows)
+        keep(f"against-{name.lower()}", rows)
 
 
 def weights(nb: object, name: str, coder_steps: int = 8000) -> None:
@@ -200,14 +182,31 @@ def weights(nb: object, name: str, coder_steps: int = 8000) -> None:
                     for name, part in halves.items()} | latent.scale._asdict() | {
             "autoencoder": json.dumps(coder.sizes), "config": json.dumps(asdict(cfg))},
             out)
+        out.with_suffix(".json").write_text(json.dumps(
+            {"minutes": round((time.time() - started) / 60, 1)}))  # verdict adds the rest
 
     run, latent = train_on(nb, coder, cfg, Path(f"runs/latent-{name}-{steps}.pt"), watch)
+
+
+def choose(nb: object, name: str) -> None:
+    """The sampler's settings, by the FID to held-out training pictures; two seeds."""
+    rows = []
+    latent = nb.load_latent(Path(f"assets/weights/latent-{name.lower()}.pt"))
+    for eta, w in ((0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 1.25), (0.5, 1.5)):
+        for seed in (107, 207):
+            x = latent.draw(nb.random_labels(1000, 10, seed), 50, w, eta, seed)
+            f = nb.features_of(nb.yardstick, nb.to_bytes(x))
+            rows.append({"eta": eta, "w": w, "steps": 50, "seed": seed, "N": 1000,
+                         "FID to held-out": nb.fid(nb.held_out, f)})
+            print(rows[-1], flush=True)
+    keep(f"choice-{name.lower()}", rows)
 
 
 def verdict(nb: object, name: str) -> None:
     """The JSON beside the weights: reconstructions, and samples of five seeds."""
     file = Path(f"assets/weights/latent-{name.lower()}.pt")
     saved, latent = torch.load(file, weights_only=True), nb.load_latent(file)
+    minutes = json.loads(file.with_suffix(".json").read_text())["minutes"]
     x_hat = nb.decode_all(latent.coder, nb.encode_all(latent.coder, nb.test_images))
     facts, rows = nb.quality(nb.x_test, x_hat), []
     for eta, w in ((1.0, 1.0), (0.5, 1.0), (0.5, 1.25)):
@@ -222,7 +221,7 @@ def verdict(nb: object, name: str) -> None:
         "data": f"55,000 images of the {name} training split",
         "autoencoder": json.loads(saved["autoencoder"]) | {"steps": 8000, "batch": 64},
         "config": json.loads(saved["config"]), "PSNR": facts["PSNR, dB"],
-        "SSIM": facts["SSIM"], "FID, reconstructions": facts["FID"],
+        "SSIM": facts["SSIM"], "FID, reconstructions": facts["FID"], "minutes": minutes,
         "rows": rows}, indent=1))
 
 

@@ -5,35 +5,18 @@
 
 Both write to assets/results. One thread; half an hour each.
 """
+import base64
 import json
 import os
-import platform
-import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from definitions import ROOT, load_definitions
+from definitions import ROOT, keep, load_definitions
 
 os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
-
-
-def where() -> dict:
-    """Device, version and commit of a measurement."""
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
-             if line.startswith("model name")] if cpu.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
-                            capture_output=True, cwd=ROOT).stdout.strip()
-    return {"device": f"one thread of {(names or [platform.machine()])[0]}",
-            "torch": torch.__version__, "commit": commit}
-
-
-def write(name: str, rows: list[dict]) -> None:
-    """Rows, and where they were made."""
-    Path("assets/results", f"{name}.json").write_text(
-        json.dumps(where() | {"rows": rows}, indent=1))
 
 
 def prepare(name: str = "FashionMNIST") -> object:
@@ -43,9 +26,8 @@ def prepare(name: str = "FashionMNIST") -> object:
     nb = load_definitions("diffusion_tutorial")
     everything, labels, _ = nb.load_data(name)
     nb.images, nb.labels = everything[:-5000], labels[:-5000]
-    classifier = nb.load_classifier(name)
-    real = nb.features_of(classifier, nb.load_data(name, train=False)[0])
-    held_out = nb.features_of(classifier, everything[-10_000:])
+    see = partial(nb.features_of, nb.load_classifier(name))
+    eye = nb.Eye(see, see(nb.load_data(name, train=False)[0]), see(everything[-10_000:]))
 
     def excess(net: object, cfg: object, n: int, seed: int) -> float:
         """Of n pictures, random labels, 25 calls, eta = 0.5."""
@@ -53,8 +35,7 @@ def prepare(name: str = "FashionMNIST") -> object:
         x = nb.draw(nb.denoiser(net, road, cfg.predict), road,
                     nb.random_labels(n, 10, seed), nb.timesteps(cfg.T, 25), (1, 28, 28),
                     0.5, seed)
-        floors = [nb.fid(real, part) for part in held_out.split(n)[:5]]
-        return nb.fid(real, nb.features_of(classifier, nb.to_bytes(x))) - sum(floors) / 5
+        return nb.excess_fid(eye, nb.to_bytes(x))
 
     nb.excess = excess
     return nb
@@ -76,7 +57,7 @@ def worth(nb: object) -> None:
                 row["last"] = nb.excess(run.net, cfg, 1000, 100 + 10 * seed)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    write("worth-fashionmnist", rows)
+    keep("worth-fashionmnist", rows)
 
 
 def more(nb: object) -> None:
@@ -97,9 +78,10 @@ def more(nb: object) -> None:
         x = nb.draw(nb.denoiser(run.ema, road, cfg.predict), road, y,
                     nb.timesteps(cfg.T, 50), (1, 28, 28), 0.5, 7)
         rows.append({"steps": total, "N": 1000, "excess": scores,
-                     "pictures": nb.to_bytes(x).flatten().tolist()})
+                     "pictures": base64.b64encode(
+                         nb.to_bytes(x).numpy().tobytes()).decode()})
         print(total, scores, flush=True)
-        write("more-fashionmnist", rows)
+        keep("more-fashionmnist", rows)
 
 
 if __name__ == "__main__":
