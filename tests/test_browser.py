@@ -26,7 +26,7 @@ SETTINGS = {  # all cells stay in the page
 NOT_OURS = (  # errors of a healthy front end: attached pictures, Notebook 7.6's own settings
     r"Failed to load resource: net::ERR_UNKNOWN_URL_SCHEME attachment:[\w.-]+",
     r"Cannot read properties of undefined \(reading 'schema'\)")
-CONTROLS = ".slider, .widget-dropdown, .widget-button, .widget-checkbox"
+CONTROLS = ".slider, .widget-dropdown, .widget-button, .widget-checkbox, .widget-text"
 
 # Read the page from inside. A box is a slider with its frames, a panel holds ipywidgets.
 HELPERS = """
@@ -212,13 +212,17 @@ def test_every_slider_follows_the_mouse(opened):
 
 
 def use(control, page):
-    """Change one ipywidgets control by mouse."""
+    """Change one ipywidgets control by mouse; type into a line of text."""
     kind = control.get_attribute("class")
     control.scroll_into_view_if_needed()
     if "widget-dropdown" in kind:
         select = control.query_selector("select")  # its list is drawn outside the page
         chosen = select.evaluate("select => [select.selectedIndex, select.options.length]")
         select.select_option(index=(chosen[0] + 1) % chosen[1])
+    elif "widget-text" in kind:  # a Combobox is one, too
+        line = control.query_selector("input")
+        line.fill("a bold seven")
+        line.press("Enter")
     elif "slider" in kind:
         track = control.query_selector(".noUi-base").bounding_box()
         thumb = control.query_selector(".noUi-handle").bounding_box()

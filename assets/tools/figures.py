@@ -1,8 +1,9 @@
-"""Draw README's two pictures anew: python assets/tools/figures.py (about a minute).
+"""Draw README's three pictures anew: python assets/tools/figures.py (about a minute).
 
 assets/figures/hero.gif: garments out of noise, by the shipped weights and the pixel
 notebook's own sampler. assets/figures/map.svg: the model on one page. Its shapes and
-numbers come from the notebooks' definitions.
+numbers come from the notebooks' definitions. assets/figures/words.png: prompts, and what
+the text network of the latent notebook draws for them.
 """
 import base64
 import io
@@ -60,6 +61,29 @@ def hero(nb: types.ModuleType, path: dict) -> None:
     pace = [600] + [90] * (len(frames) - 2) + [3500]  # milliseconds
     frames[0].save(FIGURES / "hero.gif", save_all=True, append_images=frames[1:],
                    duration=pace, loop=0)
+
+
+PROMPTS = ("a thin seven leaning right", "a bold seven leaning left", "a wide zero",
+           "a thin three and a bold seven", "a bold three and a thin seven")
+
+
+def words(latent: types.ModuleType) -> None:
+    """Write words.png: four unselected pictures for each prompt, beside its text."""
+    painter, _ = latent.load_words(
+        ROOT / "assets/weights/words-mnist.pt",
+        latent.load_latent(ROOT / "assets/weights/latent-mnist.pt"), latent.Language("MNIST"))
+    figure, axes = latent.plt.subplots(len(PROMPTS), 1, figsize=(9, 5.2))
+    for ax, prompt in zip(axes, PROMPTS):
+        x = latent.paint(painter, latent.Language("MNIST"), [prompt] * 8, w=3.0,
+                         width=14 if " and " in prompt else 7)
+        x = x[:4] if " and " in prompt else x
+        grid = latent.make_grid(x / 2 + 0.5, 8, 1, pad_value=1.0)
+        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        ax.axis("off")
+        ax.text(-6, 14, prompt, ha="right", va="center", fontsize=15)
+    figure.savefig(FIGURES / "words.png", dpi=90, bbox_inches="tight")
+    Image.open(FIGURES / "words.png").convert("L").quantize(32).save(
+        FIGURES / "words.png", optimize=True)
 
 
 def facts(nb: types.ModuleType, latent: types.ModuleType) -> dict[str, str]:
@@ -238,13 +262,14 @@ def draw_map(nb: types.ModuleType, latent: types.ModuleType, path: dict) -> str:
 
 
 def main() -> None:
-    """Write both files and say how large they are."""
+    """Write the files and say how large they are."""
     os.chdir(ROOT)
     nb, latent = map(load_definitions, ("diffusion_tutorial", "latent_diffusion_cab"))
     path = garments(nb)
     hero(nb, path)
     (FIGURES / "map.svg").write_text(draw_map(nb, latent, path))
-    for name in ("hero.gif", "map.svg"):
+    words(latent)
+    for name in ("hero.gif", "map.svg", "words.png"):
         print(f"{name}: {(FIGURES / name).stat().st_size / 1000:.0f} KB")
 
 
