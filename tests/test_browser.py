@@ -221,7 +221,7 @@ def use(control, page):
         select.select_option(index=(chosen[0] + 1) % chosen[1])
     elif "widget-text" in kind:  # a Combobox is one, too
         line = control.query_selector("input")
-        line.fill("a bold seven")
+        line.fill(line.input_value() + " bold")
         line.press("Enter")
     elif "slider" in kind:
         track = control.query_selector(".noUi-base").bounding_box()
