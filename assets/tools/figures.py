@@ -68,15 +68,14 @@ PROMPTS = ("a thin seven leaning right", "a bold seven leaning left", "a wide ze
 
 
 def words(latent: types.ModuleType) -> None:
-    """Write words.png: four unselected pictures for each prompt, beside its text."""
-    painter, _ = latent.load_words(
-        ROOT / "assets/weights/words-mnist.pt",
-        latent.load_latent(ROOT / "assets/weights/latent-mnist.pt"), latent.Language("MNIST"))
+    """Write words.png: unselected pictures for each prompt, beside its text."""
+    language, weights = latent.Language("MNIST"), ROOT / "assets/weights"
+    painter, _ = latent.load_words(weights / "words-mnist.pt", latent.load_latent(
+        weights / "latent-mnist.pt"), language)
     figure, axes = latent.plt.subplots(len(PROMPTS), 1, figsize=(9, 5.2))
     for ax, prompt in zip(axes, PROMPTS):
-        x = latent.paint(painter, latent.Language("MNIST"), [prompt] * 8, w=3.0,
-                         width=14 if " and " in prompt else 7)
-        x = x[:4] if " and " in prompt else x
+        count, width = (4, 14) if " and " in prompt else (8, 7)
+        x = latent.paint(painter, language, [prompt] * count, w=3.0, width=width)
         grid = latent.make_grid(x / 2 + 0.5, 8, 1, pad_value=1.0)
         ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
         ax.axis("off")
