@@ -14,7 +14,6 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 AWAY, HERE = torch.device("mps"), torch.device("cpu")
@@ -22,6 +21,19 @@ Tensor = torch.Tensor
 SPANNING = {Tensor.copy_, Tensor.to, Tensor.type_as, Tensor.data.__set__}
 TO_HERE = {Tensor.cpu, Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__,
            Tensor.__bool__, Tensor.__repr__, Tensor.__format__}
+PLAIN = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__,  # no tensor comes out
+         Tensor.requires_grad.__get__, Tensor.is_leaf.__get__, Tensor.layout.__get__}
+
+
+def tensors_in(value):
+    """The tensors in nested lists, tuples and dictionaries, in a list."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
 
 
 def is_away(value):
@@ -31,11 +43,10 @@ def is_away(value):
 
 def marked(value, away):
     """The value, its tensors marked or not."""
-    for tensor in tree_leaves(value):
-        if isinstance(tensor, Tensor):
-            if away and tensor.dtype == torch.float64:
-                raise TypeError("this device has no float64")
-            tensor._away = away
+    for tensor in tensors_in(value):
+        if away and tensor.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        tensor._away = away
     return value
 
 
@@ -52,6 +63,8 @@ class Second(TorchFunctionMode):
     """Refuse what a second device would refuse."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in PLAIN:  # most calls: the checked hints ask for shapes
+            return func(*args)
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", str(func))
         if func is torch.device or name == "_parse_to":
             return func(*args, **kwargs)
@@ -63,7 +76,7 @@ class Second(TorchFunctionMode):
         if func in (Tensor.numpy, Tensor.__array__) and is_away(args[0]):
             raise TypeError(f"{name} of a tensor on the other device: copy it first")
         wanted = self.wanted(func, args, kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = tensors_in((args, kwargs))
         away = any(map(is_away, tensors))
         self.check(func, name, args, tensors, away)
         generator = kwargs.get("generator")
