@@ -47,13 +47,15 @@ def load_definitions(name: str) -> types.ModuleType:
 
 
 def where() -> dict:
-    """Device, version and commit of a measurement on one thread."""
+    """Device, version and commit of a measurement."""
+    threads = torch.get_num_threads()
     cpu = Path("/proc/cpuinfo")
     names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
              if line.startswith("model name")] if cpu.exists() else []
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
                             capture_output=True, cwd=ROOT).stdout.strip()
-    return {"device": f"one thread of {(names or [platform.machine()])[0]}",
+    many = "one thread" if threads == 1 else f"{threads} threads"
+    return {"device": f"{many} of {(names or [platform.machine()])[0]}",
             "torch": torch.__version__, "commit": commit}
 
 
