@@ -79,7 +79,7 @@ def opened(browser, exported):
 
     yield show
     context.close()
-    assert len(asked) == 1 and asked[0].startswith("file:"), asked
+    assert len(asked) == 1 and asked[0].startswith("file:"), asked  # nothing but the page
     assert not complaints, complaints
 
 
@@ -138,14 +138,6 @@ def test_page_shows_formulas(name, opened):
         all.querySelectorAll('.katex, pre, code, script').forEach(e => e.remove());
         return all.textContent; })()""")
     assert not re.search(r"\$|\\\(|\\[a-z]+", prose)
-
-
-def test_files_are_small_and_name_no_other_file(exported):
-    for file in exported.values():
-        text = re.sub("<script>.*?</script>", "", file.read_text(), flags=re.S)
-        assert file.stat().st_size <= 12_000_000
-        assert not re.search(r"<(script|link|iframe|img)[^>]+(src|href)=\"(?!data:)", text)
-        assert not re.search(r"@import|url\((?!data:)[^)]", text.split("</style>")[0])
 
 
 @pytest.mark.parametrize("name, minutes", LECTURES)

@@ -11,15 +11,13 @@ The peers:
 - ours: the notebook's Config.
 
 All three see the same images and labels, with the same share of labels dropped, and get the
-same conveniences: the notebook's loop (AdamW, warm-up, cosine decay, clipping, EMA with
-warm-up, 16-bit arithmetic where native) and the faster memory layout of two. The peers draw t
-evenly and sample by DDIM with trailing steps, ours as in the notebook (eta = 1); labels at
-random. Guidance takes two calls a step and gets half the steps; whether a contender is judged
-without or with the notebook's guidance is decided by what serves it better in a first draw of a
-fifth of the samples, with other noises.
+notebook's loop (AdamW, warm-up, cosine decay, clipping, EMA with warm-up, 16-bit arithmetic
+where native) and the faster memory layout of two. The peers draw t evenly and sample by DDIM
+with trailing steps, ours as in the notebook (eta = 1); labels at random. Guidance takes two
+calls a step and gets half the steps; with it or without, as serves a contender better in a
+first draw of a fifth of the samples, with other noises.
 
-The cases of several processes take turns, round after round; torchrun starts each. Both
-subcommands write to assets/results: peers.json and scaling.json.
+The cases of several processes take turns; torchrun starts each. Results go to assets/results.
 """
 import argparse
 import json

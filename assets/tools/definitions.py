@@ -1,6 +1,7 @@
 """For tests and tools: a notebook's definitions, and how a result is kept."""
 import ast
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,6 +45,21 @@ def load_definitions(name: str) -> types.ModuleType:
         tree.body = [node for node in tree.body if keeps(node)]
         exec(compile(tree, f"{name}:{cell.id}", "exec"), module.__dict__)
     return module
+
+
+def prepare(book: str, name: str) -> types.ModuleType:
+    """A notebook's definitions on one thread, with the data set that its functions read."""
+    os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    nb = load_definitions(book)
+    everything, labels, _ = nb.load_data(name)
+    nb.images, nb.labels = everything[:-5000], labels[:-5000]
+    nb.test_images, nb.test_labels, _ = nb.load_data(name, train=False)
+    nb.x_test, nb.yardstick = nb.scale(nb.test_images), nb.load_classifier(name)
+    nb.real_test = nb.features_of(nb.yardstick, nb.test_images)
+    nb.held_out = nb.features_of(nb.yardstick, everything[-10_000:])
+    return nb
 
 
 def where() -> dict:

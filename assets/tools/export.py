@@ -4,12 +4,11 @@
     python assets/tools/export.py slides diffusion_tutorial.ipynb --minutes 50
     python assets/tools/export.py lecture|student|script diffusion_tutorial.ipynb
 
-Page and slides are one file each and fetch nothing when they are shown: KaTeX, which sets the
-formulas, and reveal.js are written into them (npm fetches both while exporting). The script,
-for torchrun, holds the cells tagged "train", the data, the settings, and the definitions of
-all cells before them.
+Page and slides are one file each and fetch nothing when they are shown: KaTeX and reveal.js
+are written into them (npm fetches both while exporting). The script, for torchrun, holds the
+cells tagged "train", the data, the settings, and all definitions before them.
 
-A lecture path lives in the metadata of its cells. Every cell of a path has
+A lecture lives in the metadata of its cells:
 
     "slideshow": {"slide_type": "slide"}    slide, subslide, or "-": on the same slide
     "lecture": {"paths": [50, 90],          the lectures, in minutes, that show this cell
@@ -31,7 +30,6 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import nbformat
 from definitions import ROOT, keeps
@@ -40,8 +38,7 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
 PACKAGES = "katex@0.19.1", "reveal.js@6.0.2"
-DEAD = ("This control needs a running notebook. The pictures around it tell the story"
-        " without it.")
+DEAD = "This control needs a running notebook. The pictures around it tell the story."
 COMMON = HtmlFormatter().get_style_defs(".highlight") + """
 body { color: #1a1d21; font-family: "Helvetica Neue", Helvetica, Arial, sans-serif; }
 pre, code { font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; }
@@ -106,8 +103,8 @@ function fit(slide) {  // the largest type and pictures that the slide has room 
   slide.style.display = '';
 }
 addEventListener('load', async () => {
-  await Promise.all([...document.fonts].map(font => font.load()));
-  await Promise.all([...document.images].map(image => image.decode()));
+  await Promise.all([...[...document.fonts].map(font => font.load()),
+                     ...[...document.images].map(image => image.decode())]);
   document.querySelectorAll('.slides > section').forEach(fit);
   Reveal.initialize({width: W, height: H, margin: 0, center: false, hash: true,
     slideNumber: 'c/t', controls: false, transition: 'none', plugins: [RevealNotes]});
@@ -141,7 +138,7 @@ def html_of(cells: list[NotebookNode]) -> str:
         cells=cells, metadata={"language_info": {"name": "python"}}))[0]
 
 
-def page(title: str, style: str, body: str, slides: bool = False) -> str:
+def page(book: NotebookNode, style: str, body: str, slides: bool = False) -> str:
     """One HTML document that holds all it needs: KaTeX with its fonts, and reveal.js."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "install", "--silent", "--no-audit", "--ignore-scripts",
@@ -158,6 +155,7 @@ def page(title: str, style: str, body: str, slides: bool = False) -> str:
             css += "".join((reveal / f"{name}.css").read_text() for name in ("reset", "reveal"))
             scripts += [(reveal / "reveal.js").read_text(),
                         (reveal / "plugin/notes.js").read_text(), FIT]
+    title = re.search(r"^# (.+)$", book.cells[0].source, re.M)[1]
     script = "".join("<script>" + text.replace("</script", r"<\/script") + "</script>"
                      for text in scripts)
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -166,31 +164,17 @@ def page(title: str, style: str, body: str, slides: bool = False) -> str:
             f"<body>{body}{script}</body></html>\n")
 
 
-def title_of(book: NotebookNode) -> str:
-    """The first heading."""
-    return re.search(r"^# (.+)$", book.cells[0].source, re.M)[1]
-
-
 def make_html(path: Path) -> str:
     """The whole notebook as one page."""
     book = read(path)
     body = re.sub(r'(href="[\w-]+)\.ipynb', r"\1.html", html_of(book.cells))
-    return page(title_of(book), PAGE, body)
+    return page(book, PAGE, body)
 
 
 # ---------------------------------------------------------------- the lecture
 
-class Slide(NamedTuple):
-    """One slide of a path."""
-
-    section: str
-    minutes: float
-    ask: str
-    cells: list[NotebookNode]
-
-
-def plan(book: NotebookNode, minutes: int) -> list[Slide]:
-    """The slides of the path of this many minutes."""
+def plan(book: NotebookNode, minutes: int) -> list[tuple]:
+    """The slides of a lecture: section, minutes, question or "", cells."""
     slides, section = [], ""
     for cell in book.cells:
         if cell.cell_type == "markdown":
@@ -198,8 +182,8 @@ def plan(book: NotebookNode, minutes: int) -> list[Slide]:
         lecture = cell.metadata.get("lecture", {})
         if minutes in lecture.get("paths", []):
             if cell.metadata.slideshow.slide_type in ("slide", "subslide"):
-                slides.append(Slide(section, lecture.minutes, lecture.get("ask", ""), []))
-            slides[-1].cells.append(cell)
+                slides.append((section, lecture.minutes, lecture.get("ask", ""), []))
+            slides[-1][3].append(cell)
     if not slides:
         sys.exit(f"This notebook has no lecture of {minutes} minutes.")
     return slides
@@ -248,10 +232,10 @@ def outputs_of(cell: NotebookNode) -> list[NotebookNode]:
     return kept
 
 
-def slide_html(slide: Slide) -> str:
+def slide_html(section: str, minutes: float, ask: str, cells: list[NotebookNode]) -> str:
     """One <section> for a slide, and one before it for its question."""
-    body, note, ask = "", f"<p><b>{slide.minutes:g} min</b></p>", html.escape(slide.ask)
-    for cell in slide.cells:
+    body, note, ask = "", f"<p><b>{minutes:g} min</b></p>", html.escape(ask)
+    for cell in cells:
         source, hidden = shown(cell)
         if cell.cell_type == "code":
             cell.outputs = outputs_of(cell)
@@ -262,20 +246,19 @@ def slide_html(slide: Slide) -> str:
         cell.source = source
         body += html_of([cell])
     body = re.sub(r"<p><em>(?=Figure)", '<p class="caption"><em>', body)
-    where = f'<p class="where">{html.escape(slide.section)}</p>'
+    where = f'<p class="where">{html.escape(section)}</p>'
     question = (f'<section class="ask">{where}<p>{ask}</p><aside class="notes">{note}</aside>'
                 "</section>\n" if ask else "")
     where = "" if body.lstrip().startswith("<h") else where
-    return (f'{question}<section data-cells="{" ".join(cell.id for cell in slide.cells)}">'
+    return (f'{question}<section data-cells="{" ".join(cell.id for cell in cells)}">'
             f'{where}{body}<aside class="notes">{note}</aside></section>')
 
 
 def make_slides(path: Path, minutes: int) -> str:
     """The deck of the lecture of this many minutes."""
     book = read(path)
-    body = "\n".join(map(slide_html, plan(book, minutes)))
-    return page(f"{title_of(book)}, {minutes} minutes", DECK,
-                f'<div class="reveal"><div class="slides">{body}</div></div>', slides=True)
+    body = "\n".join(slide_html(*slide) for slide in plan(book, minutes))
+    return page(book, DECK, f'<div class="reveal"><div class="slides">{body}</div></div>', True)
 
 
 # ---------------------------------------------------------------- student's copy and script
