@@ -1,21 +1,18 @@
-"""The latent notebook's definitions against oracles, and its promises to the encoder."""
+"""The latent notebook's definitions against oracles; words to pictures; shipped weights."""
 import ast
+import hashlib
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEFINES, ROOT, awake, code_cells, load_definitions, parse
+from conftest import DEFINES, ROOT, awake, code_cells, parse
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.distributions import Normal, kl_divergence
 
 BYTES = (torch.arange(70 * 784) ** 2 // 7 % 256).byte().view(70, 1, 28, 28)
-
-
-@pytest.fixture(scope="module")
-def lat():
-    """The definitions of the latent notebook."""
-    return load_definitions("latent_diffusion_cab")
 
 
 @pytest.fixture
@@ -78,16 +75,6 @@ def test_loss_is_error_plus_divergence_from_the_standard_normal(lat):
         for kl in (0.0, 0.5):
             found = lat.autoencoder_loss(coder, x, eps, kl)
             torch.testing.assert_close(found, (wanted + kl * far, wanted))
-
-
-def test_training_of_the_autoencoder_is_a_function_of_its_seed_alone(lat):
-    trained = []
-    for outside, seed in ((1, 0), (2, 0), (1, 5)):
-        coder = awake(lat.Autoencoder(widths=(8, 16)), 0.05)
-        torch.manual_seed(outside)
-        lat.train_autoencoder(coder, BYTES, 3, seed=seed)
-        trained.append(torch.cat([p.flatten() for p in coder.parameters()]))
-    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
 
 
 def test_similarity_and_quality_equal_scikit_image(lat, monkeypatch):
@@ -190,3 +177,198 @@ def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, asked, mo
     drawn = lat.to_bytes(latent.draw(y, 25, w=1.5))
     seen = yardstick.head(lat.features_of(yardstick, drawn)).argmax(1)
     assert (seen == y).float().mean() >= asked
+
+
+# -------------------------------------------------------------------------- words
+
+@pytest.fixture(scope="module", params=("MNIST", "FashionMNIST"))
+def language(request, lat):
+    """The words of each data set."""
+    return lat.Language(request.param)
+
+
+def bar(height, width, row=14, col=14):
+    """A white bar on black, [1, 1, 28, 28]."""
+    x, top, left = torch.full((1, 1, 28, 28), -1.0), row - height // 2, col - width // 2
+    x[..., top:top + height, left:left + width] = 1
+    return x
+
+
+def test_ink_moments_equal_numpy(lat):
+    ink = torch.rand(3, 1, 28, 28) ** 4
+    for picture, *found in zip(ink.numpy()[:, 0], *lat.ink_moments(ink)):
+        rows, cols = np.mgrid[:28, :28]
+        (across, mixed), (_, down) = np.cov(cols.ravel(), rows.ravel(), bias=True,
+                                            aweights=picture.ravel())
+        assert np.allclose(found, (across, down, mixed), rtol=1e-4)
+
+
+def test_measures_of_digits_are_what_they_say(lat):
+    for h, w in ((20, 3), (12, 6)):  # area over outline, in closed form
+        thickness, slant, width, _ = lat.measure_digits(bar(h, w))[0]
+        assert thickness == pytest.approx(h * w / (2 * (h + w)), rel=1e-4)
+        assert abs(slant) < 1e-4 and width == pytest.approx(((w * w - 1) / 12) ** 0.5, rel=1e-3)
+    leaning = torch.cat([bar(1, 3, row, 14 + (14 - row) // 2) for row in range(4, 25)])
+    leaning = leaning.amax(0, keepdim=True)
+    straight, slanted, mirrored = (lat.measure_digits(x)[0] for x in (
+        bar(21, 3), leaning, leaning.flip(3)))
+    assert slanted[1] == pytest.approx(0.5, abs=0.03) == -mirrored[1]
+    assert slanted[2] == pytest.approx(straight[2].item(), abs=0.15)  # slant is taken out
+    assert lat.measure_digits(bar(14, 3))[0, 3] < straight[3]
+
+
+def test_measures_of_clothes_are_what_they_say(lat):
+    plain, dark = bar(20, 12), bar(20, 12) * 0.5 - 0.5
+    striped = plain.clone()
+    striped[:, :, 4:24, 8:20][:, :, ::4] = -0.2
+    values = [lat.measure_clothes(x)[0] for x in (plain, dark, striped, bar(12, 20))]
+    assert values[1][0] < values[0][0] and values[2][3] > 2 * values[0][3]
+    assert values[3][1] > values[0][1] and values[3][2] < values[0][2]
+
+
+def test_thirds_of_each_class_are_thirds(lat):
+    kinds = torch.arange(3000) % 10
+    values = torch.rand(3000, 4) + kinds[:, None]
+    levels = lat.levels_of(values, kinds, lat.thresholds_of(values, kinds))
+    for c in range(10):
+        for level in range(3):
+            assert ((levels[kinds == c] == level).sum(0) - 100).abs().max() <= 1
+
+
+def test_captions_say_only_what_is_true(lat, language):
+    back = {synonym: word for word, synonym in lat.SYNONYMS.items()}
+    rng, seen = random.Random(0), set()
+    for i in range(2000):
+        kind, levels = i % 10, [rng.randrange(3) for _ in range(4)]
+        text = language.caption(kind, levels, rng)
+        words = [back.get(word, word) for word in lat.split(text)]
+        true = {language.nouns[kind], "thing", *lat.split(" ".join(
+            said[level] for said, level in zip(language.attributes, levels)))}
+        assert set(words) <= true and len(words) <= lat.LENGTH // 2, text
+        assert len({language.nouns[kind], "thing"} & set(words)) == 1
+        seen |= set(lat.split(text))
+    assert seen == {*language.vocabulary} - {"", "and"}
+
+
+def test_texts_are_read_word_by_word(lat, language):
+    assert language.vocabulary[lat.NO_LABEL] == "" and len(set(language.vocabulary)) == len(
+        language.vocabulary)
+    text = language.text(7, [0, 2, -1, -1])
+    y = language.read(f"The {text.upper()}, and a zebra!")
+    assert [language.vocabulary[i] for i in y if i != lat.NO_LABEL] == [*lat.split(text), "and"]
+    assert (language.read("") == lat.NO_LABEL).all()
+    assert language.read("thing " * 99).shape == (lat.LENGTH,)
+
+
+def test_withheld_combinations_are_found(lat, language):
+    kinds, levels = torch.arange(5000) % 10, torch.randint(3, (5000, 4))
+    found = language.withheld(kinds, levels)
+    for kind, level, withheld in zip(kinds.tolist(), levels.tolist(), found.tolist()):
+        assert withheld == any(kind == k and all(w in (-1, v) for w, v in zip(wanted, level))
+                               for k, wanted in language.held_out)
+
+
+def test_prompts_for_two_things_differ_in_the_same_two_attributes(lat, language):
+    texts, kinds, levels = lat.ask(language, 50, 3, 2)
+    said = levels >= 0
+    assert (said.sum(2) == 2).all() and (said[:, 0] == said[:, 1]).all()
+    assert not ((levels[:, 0] == levels[:, 1]) & said[:, 0]).any()
+    for text, kind, level in zip(texts, kinds.tolist(), levels.tolist()):
+        assert text == " and ".join(language.text(*one) for one in zip(kind, level))
+        assert len(lat.split(text)) <= lat.LENGTH
+
+
+def test_batches_are_repeated_and_fit_their_captions(lat, language):
+    cfg = lat.Config(batch=200, steps=10, label_drop=0.0)
+    kinds, levels = torch.arange(400) % 10, torch.randint(3, (400, 4))
+    z = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 4, 7, 7)  # each code is its number
+    for things in (1, 2):
+        a, b, other = (lat.caption_batch(z, kinds, levels, language, step, cfg, things)
+                       for step in (3, 3, 4))
+        assert all(torch.equal(one, two) for one, two in zip(a, b))
+        assert not torch.equal(a[1], other[1]) and a[0].shape == (200, 4, 7, 7 * things)
+        empty = (a[1] == lat.NO_LABEL).all(1)
+        assert 5 < empty.sum() < 40
+        for z_0, y in zip(a[0][~empty], a[1][~empty]):
+            text = " ".join(language.vocabulary[i] for i in y if i != lat.NO_LABEL)
+            for half, part in zip(z_0[0, 0].long()[[0, -1]], text.split(" and ")):
+                nouns = [word for word in part.split() if word in language.nouns]
+                assert nouns in ([], [language.nouns[kinds[half]]]), text
+
+
+@pytest.fixture
+def nets(lat):
+    """The two text networks, small, with weights that make every part count."""
+    cfg = lat.Config(widths=(8, 16), blocks=1, T=50)
+    return [awake(network(cfg, 4, 29), 0.3) for network in (lat.BagUNet, lat.TextUNet)], cfg
+
+
+def test_a_bag_forgets_order_and_the_reader_does_not(lat, nets):
+    (bag, text), cfg = nets
+    y = torch.full((2, lat.LENGTH), lat.NO_LABEL)
+    y[0, :5] = torch.tensor([13, 3, 12, 14, 7])
+    y[1, :5] = torch.tensor([14, 3, 12, 13, 7])
+    for width in (7, 14):
+        z, t = lat.draw_noise((1, 4, 7, width), 0).expand(2, -1, -1, -1), torch.tensor([9, 9])
+        one, other = bag(z, t, y)
+        assert one.shape == (4, 7, width) and torch.allclose(one, other, atol=1e-2)
+        one, other = text(z, t, y)
+        assert one.shape == (4, 7, width) and (one - other).abs().mean() > 0.005
+        assert torch.allclose(text(z, t, text.read(y)), text(z, t, y), atol=5e-2)
+    for network in (lat.BagUNet, lat.TextUNet):
+        assert torch.equal(network(cfg, 4, 29)(z, t, y), 0 * z)
+
+
+def test_cross_attention_equals_pytorchs(lat):
+    cross = awake(lat.CrossAttention(16, 12, 4))
+    x, words = torch.randn(2, 16, 3, 5), torch.randn(2, 6, 12)
+    q = cross.to_q(cross.norm(x)).view(2, 4, 4, 15).transpose(2, 3)
+    k, v = cross.to_kv(words).view(2, 6, 2, 4, 4).permute(2, 0, 3, 1, 4)
+    h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(2, 16, 3, 5)
+    torch.testing.assert_close(cross(x, words), x + cross.out(h), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cross.maps(x, words)[0].sum(-1), torch.ones(2, 4, 15))
+
+
+def test_negative_prompts_contain_guidance(lat):
+    def guess(z, t, y):
+        return z + y.float().mean(1).view(-1, 1, 1, 1)
+    z, t = torch.randn(3, 4, 7, 7), torch.full((3,), 9)
+    y = torch.randint(20, (3, lat.LENGTH))
+    empty, avoid = torch.full((lat.LENGTH,), lat.NO_LABEL), torch.arange(lat.LENGTH)
+    for w in (0.0, 1.0, 3.0):
+        torch.testing.assert_close(lat.steered(guess, empty, w)(z, t, y),
+                                   lat.guided(guess, w)(z, t, y))
+    torch.testing.assert_close(lat.steered(guess, avoid, 0.0)(z, t, y),
+                               guess(z, t, avoid.expand(3, -1)))
+
+
+def test_training_with_words_ends_and_its_file_goes_on(lat, language, tmp_path):
+    cfg = lat.Config(widths=(8, 16), blocks=1, batch=8, steps=4, T=50, label_drop=0.0)
+    runs = [lat.Run(cfg, 4, lambda cfg, c: lat.TextUNet(cfg, c, len(language.vocabulary)))
+            for _ in range(3)]
+    z, kinds = torch.randn(40, 4, 7, 7), torch.arange(40) % 10
+    levels = torch.randint(3, (40, 4))
+    for run in runs[:2]:
+        lat.train_words(run, z, kinds, levels, language, cfg, tmp_path / "a.pt", pairs=2)
+    runs[2].load(tmp_path / "a.pt")
+    lat.train_words(runs[2], z, kinds, levels, language, cfg, tmp_path / "a.pt", pairs=2)
+    for run in runs[1:]:
+        assert len(run.losses) == 4 and all(map(torch.equal, runs[0].net.parameters(),
+                                                run.net.parameters()))
+
+
+@pytest.mark.parametrize("name, least", (("MNIST", 0.8), ("FashionMNIST", 0.5)))
+def test_shipped_words_obey_as_their_facts_say(lat, name, least, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file, language = ROOT / f"assets/weights/words-{name.lower()}.pt", lat.Language(name)
+    facts = json.loads(file.with_suffix(".json").read_text())
+    assert facts["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    latent = lat.load_latent(ROOT / f"assets/weights/latent-{name.lower()}.pt")
+    painter = lat.load_words(file, latent, language)[0]
+    x, kinds, _ = lat.load_data(name)
+    values = torch.cat([language.measure(lat.scale(part)) for part in x[:6000].split(1000)])
+    thresholds = lat.thresholds_of(values, kinds[:6000])
+    lat.yardstick = lat.load_classifier(name)
+    for things in (1, 2):
+        found = lat.obeyed(painter, language, thresholds, lat.ask(language, 60, 9, things))
+        assert found.pop("class") > 0.85 and min(found.values()) > least, found

@@ -132,18 +132,6 @@ def test_every_rung_has_the_one_interface(nb, tiny):
         assert torch.allclose(out, alone, atol=1e-3 * out.abs().max().item()), name
 
 
-def test_ablations_remove_one_thing(nb, tiny):
-    x, t = torch.randn(2, 1, 28, 28), torch.tensor([5, 40])
-    full = awake(nb.UNet(tiny))
-    for name in ("no time", "no attention", "no skips"):
-        less = nb.LADDER[name][0](tiny, 1)
-        less.load_state_dict(full.state_dict(), strict=name != "no attention")
-        assert not torch.allclose(less.eval()(x, t), full(x, t)), name
-    for p in less.shrink.parameters():  # of "no skips": all that can reach 7 x 7 is now e
-        torch.nn.init.zeros_(p)
-    assert torch.allclose(less(x, t), less(0 * x, t)), "a path goes round 7 x 7"
-
-
 # -------------------------------------------------------------------- shipped, kept
 
 @pytest.mark.parametrize("file", sorted(WEIGHTS.glob("*.pt")), ids=lambda file: file.stem)
@@ -182,3 +170,23 @@ def test_kept_results_are_whole():
         for row in kept.get("rows", []):
             if {"FID", "excess", "floor"} <= row.keys():
                 assert row["excess"] == pytest.approx(row["FID"] - row["floor"], abs=2e-3)
+
+
+def test_readme_says_what_the_kept_results_say():
+    readme = (ROOT / "README.md").read_text().replace("**", "")
+    peers = json.loads((ROOT / "assets/results/peers.json").read_text())["results"]
+    assert all(f"| {row['excess']:.1f} |" in readme for row in peers.values())
+    rows = json.loads((WEIGHTS / "words-mnist.json").read_text())["rows"]
+    for case in {(r["network"], r["question"]) for r in rows if r["question"][4:] in (
+            "thing", "things") and r["seed"]}:
+        some = [[*r.values()][5:] for r in rows if (r["network"], r["question"]) == case]
+        assert " | ".join(f"{100 * np.mean(x):.1f}%" for x in zip(*some)) in readme, case
+    means = []
+    for file, eta, w in (
+            ("results/verdict-fashionmnist", 0.5, 1), ("results/verdict-fashionmnist", 1, 1),
+            ("results/verdict-mnist", 1, 1), ("weights/latent-mnist", 1, 1),
+            ("weights/latent-fashionmnist", 0.5, 1),
+            ("weights/latent-fashionmnist", 0.5, 1.25)):
+        rows = json.loads((ROOT / f"assets/{file}.json").read_text())["rows"]
+        means.append(np.mean([r["excess"] for r in rows if (r["eta"], r["w"]) == (eta, w)]))
+    assert re.findall(r"2000, 5 seeds .* \| (\S+) \|", readme) == [f"{x:.2f}" for x in means]

@@ -1,6 +1,7 @@
 """For tests and tools: a notebook's definitions, and how a result is kept."""
 import ast
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -46,14 +47,31 @@ def load_definitions(name: str) -> types.ModuleType:
     return module
 
 
+def prepare(book: str, name: str) -> types.ModuleType:
+    """A notebook's definitions on one thread, with the data set that its functions read."""
+    os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    nb = load_definitions(book)
+    everything, labels, _ = nb.load_data(name)
+    nb.images, nb.labels = everything[:-5000], labels[:-5000]
+    nb.test_images, nb.test_labels, _ = nb.load_data(name, train=False)
+    nb.x_test, nb.yardstick = nb.scale(nb.test_images), nb.load_classifier(name)
+    nb.real_test = nb.features_of(nb.yardstick, nb.test_images)
+    nb.held_out = nb.features_of(nb.yardstick, everything[-10_000:])
+    return nb
+
+
 def where() -> dict:
-    """Device, version and commit of a measurement on one thread."""
+    """Device, version and commit of a measurement."""
+    threads = torch.get_num_threads()
     cpu = Path("/proc/cpuinfo")
     names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
              if line.startswith("model name")] if cpu.exists() else []
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
                             capture_output=True, cwd=ROOT).stdout.strip()
-    return {"device": f"one thread of {(names or [platform.machine()])[0]}",
+    many = "one thread" if threads == 1 else f"{threads} threads"
+    return {"device": f"{many} of {(names or [platform.machine()])[0]}",
             "torch": torch.__version__, "commit": commit}
 
 

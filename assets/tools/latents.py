@@ -7,32 +7,15 @@ of an hour to an hour each.
 """
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from definitions import ROOT, keep, load_definitions, where
-
-os.environ.setdefault("DIFFUSION_PROFILE", "cpu")
+from definitions import keep, prepare, where
 
 SEEDS = range(5)
-
-
-def prepare(name: str) -> object:
-    """The notebook's definitions, with the data that its functions read."""
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    nb = load_definitions("latent_diffusion_cab")
-    everything, labels, _ = nb.load_data(name)
-    nb.images, nb.labels = everything[:-5000], labels[:-5000]
-    nb.test_images, nb.test_labels, _ = nb.load_data(name, train=False)
-    nb.x_test, nb.yardstick = nb.scale(nb.test_images), nb.load_classifier(name)
-    nb.real_test = nb.features_of(nb.yardstick, nb.test_images)
-    nb.held_out = nb.features_of(nb.yardstick, everything[-10_000:])
-    return nb
 
 
 def floor(nb: object, n: int) -> float:
@@ -226,4 +209,4 @@ def verdict(nb: object, name: str) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](prepare(sys.argv[2]), sys.argv[2])
+    globals()[sys.argv[1]](prepare("latent_diffusion_cab", sys.argv[2]), sys.argv[2])

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from definitions import where
-from latents import SEEDS, prepare
+from definitions import prepare, where
+from latents import SEEDS
 
 N, BAG_STEPS = 1000, 4000
 
@@ -134,4 +134,4 @@ def verdict(nb: object, name: str) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](prepare(sys.argv[2]), sys.argv[2])
+    globals()[sys.argv[1]](prepare("latent_diffusion_cab", sys.argv[2]), sys.argv[2])
