@@ -12,7 +12,7 @@ from PIL import Image
 
 PIXELS, LATENTS = NOTEBOOKS = ("diffusion_tutorial.ipynb", "latent_diffusion_cab.ipynb")
 # Budgets: cells, and code lines (no blanks, comments, docstrings): all, before a cell.
-BUDGETS = {PIXELS: (95, 1630, {"choose": 76, "garments": 320}),
+BUDGETS = {PIXELS: (107, 1860, {"choose": 76, "garments": 320}),
            LATENTS: (92, 1500, {"choose": 46})}
 MACHINERY = 260  # code lines of workshop and exercise cells
 KEPT = {"net", "net_cfg", "schedule", "denoise", "cfg", "run", "folder", "images", "labels",
@@ -106,8 +106,8 @@ def test_sizes(book):
     tracked = sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()
                   and not {".git", "runs", ".venv", "venv"} & set(path.relative_to(ROOT).parts)
                   and not path.name.endswith("-ubyte") and "cifar-10" not in str(path))
-    assert tracked <= 56 * 2 ** 20
-    assert sum(path.stat().st_size for path in ROOT.glob("assets/weights/*.pt")) <= 11e6
+    assert tracked <= 58 * 2 ** 20
+    assert sum(path.stat().st_size for path in ROOT.glob("assets/weights/*.pt")) <= 13e6
 
 
 def test_lines_fit_a_projector(book):

@@ -35,10 +35,10 @@ def keeps(node: ast.stmt) -> bool:
 
 
 def load_definitions(name: str) -> types.ModuleType:
-    """A module made of a notebook's definitions, on the CPU; name without .ipynb."""
+    """A module made of a notebook's definitions; name without .ipynb."""
     module = types.ModuleType(name)
     sys.modules[name] = module
-    module.device = torch.device("cpu")
+    module.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)  # for sizes and channels
     for cell in code_cells(name):
         tree = parse(cell.source)
@@ -71,11 +71,14 @@ def where() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
                             capture_output=True, cwd=ROOT).stdout.strip()
     many = "one thread" if threads == 1 else f"{threads} threads"
-    return {"device": f"{many} of {(names or [platform.machine()])[0]}",
+    device = f"{many} of {(names or [platform.machine()])[0]}"
+    if torch.cuda.is_available():
+        device = f"one {torch.cuda.get_device_name()}"
+    return {"device": device,
             "torch": torch.__version__, "commit": commit}
 
 
-def keep(name: str, rows: list[dict]) -> None:
-    """Write rows, and where they were made, to assets/results."""
+def keep(name: str, rows: list[dict], facts: dict | None = None) -> None:
+    """Write rows, where they were made, and other facts to assets/results."""
     (ROOT / f"assets/results/{name}.json").write_text(
-        json.dumps(where() | {"rows": rows}, indent=1))
+        json.dumps(where() | (facts or {}) | {"rows": rows}, indent=1))
