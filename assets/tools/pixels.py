@@ -120,7 +120,7 @@ def verdict(nb: object) -> None:
 
 
 def begin(nb: object, **changes: object) -> tuple:
-    """A run that begins at the shipped weights, its settings, and its denoiser."""
+    """A run that begins at the shipped weights, and its settings."""
     cfg = replace(nb.cfg, label_drop=0.0, **changes)
     run = nb.Run(cfg, 1)
     for part in (run.net, run.ema.module):
