@@ -1,6 +1,6 @@
 """Ours beside two peers, and beside more processes. By hand:
 
-    python assets/tools/bench.py peers         equal wall time, then equal steps; 75 minutes
+    python assets/tools/bench.py peers         equal wall time, three seeds; 2 hours
     python assets/tools/bench.py processes     one and two, one thread each; 3 minutes
 
 The peers:
@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from definitions import ROOT, keep, load_definitions
 from torch import nn
 
-CALLS, SAMPLES, SECONDS, STEPS = 25, 2000, 300, 200  # calls of the network for one sample
-GUIDANCE = (1.0, 2.0)
+CALLS, SAMPLES, SECONDS = 25, 2000, 300  # calls of the network for one sample
+GUIDANCE, SEEDS = (1.0, 2.0), range(3)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CASES, ROUNDS = ((1, 32), (2, 32), (2, 64)), 3  # processes, images a step of all together
 
@@ -89,25 +89,18 @@ def train(nb: types.ModuleType, network: type, cfg: object, data: tuple, layout:
     return run, time.perf_counter() - started
 
 
-def evaluate(nb: types.ModuleType, run: object, cfg: object, eta: float, judge) -> dict:
-    """FID with the better guidance weight, and samples a second."""
+def pictures(nb: types.ModuleType, run: object, cfg: object, eta: float, n: int, seed: int,
+             w: float) -> torch.Tensor:
+    """n pictures with labels at random; a guided step costs two calls and counts as two."""
     schedule = nb.make_schedule(cfg.schedule, cfg.T)
-    plain = nb.denoiser(run.ema, schedule, cfg.predict)
-
-    def draw(n: int, seed: int, w: float) -> float:
-        """The FID of n images; a guided step costs two calls."""
-        times = nb.timesteps(cfg.T, CALLS if w == 1 else CALLS // 2)
-        return judge(nb.to_bytes(nb.draw(nb.guided(plain, w), schedule, nb.random_labels(
-            n, 10, seed), times, (1, 28, 28), eta, seed)))
-
-    first = {w: draw(SAMPLES // 5, 300, w) for w in GUIDANCE}
-    best, started = min(first, key=first.get), time.perf_counter()
-    return {"w": best, "FID": round(draw(SAMPLES, 100, best), 3), "sampled images per second":
-            round(SAMPLES / (time.perf_counter() - started), 2)}
+    times = nb.timesteps(cfg.T, CALLS if w == 1 else CALLS // 2)
+    model = nb.guided(nb.denoiser(run.ema, schedule, cfg.predict), w)
+    return nb.to_bytes(nb.draw(model, schedule, nb.random_labels(n, 10, seed), times,
+                               (1, 28, 28), eta, seed))
 
 
 def peers() -> None:
-    """Train and sample the three, for equal time and for equal steps."""
+    """Train all, undisturbed, each for the same time; then draw and judge, which may be."""
     nb = load_definitions("diffusion_tutorial")
     images, labels, _ = nb.load_data("FashionMNIST")
     data, net = (images[:-5000], labels[:-5000]), nb.load_classifier("FashionMNIST")
@@ -120,27 +113,36 @@ def peers() -> None:
                                     ema_decay=0.995)),
         "reference": (Reference, 0.0, replace(plain, lr=2e-3, ema_decay=0.995)),
         "ours": (nb.UNet, 1.0, nb.Config())}
-    pace, rows = {}, []
-    for name, (network, _, cfg) in contenders.items():  # seconds a step, by layout
-        pace[name] = {}
+    trained, rows = [], []
+    for name, (network, eta, cfg) in contenders.items():
+        pace = {}  # seconds a step, by layout
         for layout in LAYOUTS:
-            run, seconds = train(nb, network, replace(cfg, steps=4), data, layout, 10)
-            pace[name][layout] = seconds / len(run.losses)
-    for mode in ("time", "steps"):
-        for name, (network, eta, cfg) in contenders.items():
-            layout = min(pace[name], key=pace[name].get)
-            cfg = replace(cfg, steps=STEPS, batch=128) if mode == "steps" else replace(
-                cfg, steps=max(1, round(SECONDS / pace[name][layout])))
+            run, seconds = train(nb, network, replace(cfg, steps=4), data, layout, 20)
+            pace[layout] = seconds / len(run.losses)
+        layout = min(pace, key=pace.get)
+        for seed in SEEDS:
+            cfg = replace(cfg, steps=max(1, round(SECONDS / pace[layout])), seed=seed)
             run, seconds = train(nb, network, cfg, data, layout)
-            row = evaluate(nb, run, cfg, eta, lambda x: nb.fid(real, nb.features_of(net, x)))
-            rows.append({
-                "equal": mode, "network": name, "steps": cfg.steps, "batch": cfg.batch,
-                "seconds": round(seconds, 1), "layout": layout, "trained images per second":
-                round(cfg.steps * cfg.batch / seconds, 1), "N": SAMPLES, "calls": CALLS,
-                "seed": 0, **row, "floor": round(floor, 4),
-                "excess": round(row["FID"] - floor, 3)})
-            print(rows[-1], flush=True)
-            keep("peers", rows)
+            started = time.perf_counter()
+            pictures(nb, run, cfg, eta, 64, 200, 1.0)
+            row = {"network": name, "seed": seed, "steps": cfg.steps, "batch": cfg.batch,
+                   "seconds": round(seconds, 1), "layout": layout,
+                   "trained images per second": round(cfg.steps * cfg.batch / seconds, 1),
+                   "sampled images per second": round(
+                       64 / (time.perf_counter() - started), 1), "N": SAMPLES}
+            print(row, flush=True)
+            trained.append((run, cfg, eta, row))
+    for run, cfg, eta, row in trained:
+        def judge(n: int, seed: int, w: float) -> float:
+            return nb.fid(real, nb.features_of(
+                net, pictures(nb, run, cfg, eta, n, seed, w)))
+
+        first = {w: judge(SAMPLES // 5, 300 + cfg.seed, w) for w in GUIDANCE}
+        best = min(first, key=first.get)
+        fid = judge(SAMPLES, 100 + cfg.seed, best)
+        rows.append(row | {"w": best, "FID": round(fid, 3), "excess": round(fid - floor, 3)})
+        print(rows[-1], flush=True)
+        keep("peers", rows, {"calls": CALLS, "floor": round(floor, 4)})
 
 
 # ------------------------------------------------------------------------ processes
