@@ -1,4 +1,4 @@
-"""Shared by all tests: the small profile, and the notebooks' own definitions."""
+"""Shared by all tests: the small profile, the notebooks' own definitions, a browser."""
 import os
 import shutil
 import sys
@@ -14,6 +14,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "assets/tools"))
 from definitions import DEFINES, ROOT, code_cells, load_definitions, parse  # noqa: E402, F401
 
+os.chdir(ROOT)  # the notebooks name files from there
 LONG = ("test_device.py", "test_runs.py", "diffusion_tutorial.ipynb", "test_browser.py",
         "latent_diffusion_cab.ipynb", "test_export.py")
 CHROMIUM = next(filter(None, map(shutil.which, (
@@ -47,22 +48,20 @@ def tiny(nb):
     return nb.Config(widths=(8, 16), blocks=1, heads=4, batch=16, steps=10, warmup=2, T=50)
 
 
-@pytest.fixture(scope="session")
-def garments(nb):
-    """Fashion-MNIST's test pictures as bytes, and their labels."""
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        return nb.load_data("FashionMNIST", train=False)[:2]
-    finally:
-        os.chdir(before)
-
-
 def needed(program: str | None, name: str) -> None:
     """Without a program its tests are skipped, but fail where the project's checks run."""
     if not program:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
             f"{name} is needed: apt-get install {name.lower()}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, driven by Playwright."""
+    needed(CHROMIUM, "Chromium")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 def awake(net: torch.nn.Module, deviation: float = 0.1) -> torch.nn.Module:

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import CHROMIUM, FLAGS, ROOT, needed
+from conftest import ROOT
 
 NOTEBOOKS = ("diffusion_tutorial.ipynb", "latent_diffusion_cab.ipynb")
 FRONT_END = os.environ.get("BROWSER_FRONT_END", "lab")  # or "notebook"
@@ -66,7 +66,6 @@ window.our = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A Jupyter server over a copy of the repository: its address, with the token."""
-    needed(CHROMIUM, "Chromium")
     home = tmp_path_factory.mktemp("browser")
     shutil.copytree(ROOT, home / "repo", ignore=shutil.ignore_patterns(
         ".*", "runs", "venv", "tests", "__pycache__", "*-ubyte"))
@@ -99,14 +98,6 @@ def server(tmp_path_factory):
     finally:
         process.terminate()  # it stops its kernels first
         process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def browser(server):
-    """Chromium without a window."""
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 class Opened:
@@ -162,20 +153,12 @@ class Box:
 
 
 @pytest.fixture(scope="module", params=NOTEBOOKS)
-def opened(request, server, browser):
+def opened(request, browser, server):
     """Each notebook in turn, run in the browser once for all tests."""
     notebook = Opened(browser, server(request.param))
     yield notebook
     notebook.page.evaluate("our.kernel().shutdown()")
     notebook.page.close()
-
-
-def different(looks):
-    """True if always one frame is shown, with its own text; under smoke two may be alike."""
-    frames, texts, pictures = (len({look[what] for look in looks})
-                               for what in ("frame", "text", "picture"))
-    return {look["count"] for look in looks} == {1} and (
-        frames == texts == len(looks) < 2 * pictures)
 
 
 def test_every_cell_runs_and_before_that_each_slider_shows_its_first_frame(opened):
@@ -191,7 +174,10 @@ def test_every_slider_follows_the_keys_in_sight_of_its_picture(opened):
     assert opened.boxes
     for box in opened.boxes:
         seen, last = box.walk(), box.look()["max"]
-        assert different(seen) and last > 0, box.name
+        frames, texts, pictures = (len({look[what] for look in seen})
+                                   for what in ("frame", "text", "picture"))
+        assert {look["count"] for look in seen} == {1} and last > 0, box.name
+        assert frames == texts == len(seen) < 2 * pictures, box.name  # smoke: two alike
         assert box.box.bounding_box()["height"] <= 720, box.name  # in sight
         assert box.key("Home", 0) == seen[0] and box.key("End", last) == seen[-1]
         assert box.key("ArrowLeft", last - 1) == seen[-2]
@@ -223,7 +209,9 @@ def use(control, page):
 
 
 def test_every_widget_changes_its_picture_by_mouse(opened):
-    for panel in opened.node.query_selector_all(".jp-OutputArea-output:has(.jupyter-widgets)"):
+    where = ".jp-OutputArea-output:has(.jupyter-widgets)"
+    opened.page.wait_for_selector(where, state="attached")  # fails where none is drawn
+    for panel in opened.node.query_selector_all(where):
         controls = panel.query_selector_all(CONTROLS)
         assert controls
         for control in controls:

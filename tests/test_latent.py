@@ -1,6 +1,5 @@
 """The latent notebook's definitions against oracles; words to pictures; shipped weights."""
 import ast
-import hashlib
 import json
 import random
 
@@ -78,10 +77,10 @@ def test_loss_is_error_plus_divergence_from_the_standard_normal(lat):
 
 
 def test_similarity_and_quality_equal_scikit_image(lat, monkeypatch):
-    monkeypatch.chdir(ROOT)
     x, real = lat.scale(lat.load_data("MNIST", train=False)[0][:600]), torch.randn(600, 128)
     x_hat = x + torch.linspace(0, 0.3, 600)[:, None, None, None] * lat.draw_noise(x.shape, 0)
-    vars(lat).update(yardstick=lat.load_classifier("MNIST"), real_test=real)
+    monkeypatch.setattr(lat, "yardstick", lat.load_classifier("MNIST"), raising=False)
+    monkeypatch.setattr(lat, "real_test", real, raising=False)
     found, a, b = lat.quality(x, x_hat), x[:, 0].numpy(), x_hat[:, 0].numpy()
     oracle = [structural_similarity(p / 2 + 0.5, q / 2 + 0.5, data_range=1, sigma=1.5,
                                     gaussian_weights=True, use_sample_covariance=False)
@@ -162,8 +161,7 @@ def test_what_both_notebooks_define_is_the_same():
 
 
 @pytest.mark.parametrize("name, asked", (("MNIST", 0.95), ("FashionMNIST", 0.85)))
-def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, asked, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, asked):
     file = ROOT / f"assets/weights/latent-{name.lower()}.pt"
     facts, latent = json.loads(file.with_suffix(".json").read_text()), lat.load_latent(file)
     images, y = lat.load_data(name, train=False)[0][::10], torch.arange(200) % 10
@@ -178,8 +176,6 @@ def test_shipped_latents_decode_and_draw_as_their_facts_say(lat, name, asked, mo
     seen = yardstick.head(lat.features_of(yardstick, drawn)).argmax(1)
     assert (seen == y).float().mean() >= asked
 
-
-# -------------------------------------------------------------------------- words
 
 @pytest.fixture(scope="module", params=("MNIST", "FashionMNIST"))
 def language(request, lat):
@@ -296,15 +292,9 @@ def test_batches_are_repeated_and_fit_their_captions(lat, language):
                 assert nouns in ([], [language.nouns[kinds[half]]]), text
 
 
-@pytest.fixture
-def nets(lat):
-    """The two text networks, small, with weights that make every part count."""
+def test_a_bag_forgets_order_and_the_reader_does_not(lat):
     cfg = lat.Config(widths=(8, 16), blocks=1, T=50)
-    return [awake(network(cfg, 4, 29), 0.3) for network in (lat.BagUNet, lat.TextUNet)], cfg
-
-
-def test_a_bag_forgets_order_and_the_reader_does_not(lat, nets):
-    (bag, text), cfg = nets
+    bag, text = (awake(network(cfg, 4, 29), 0.3) for network in (lat.BagUNet, lat.TextUNet))
     y = torch.full((2, lat.LENGTH), lat.NO_LABEL)
     y[0, :5] = torch.tensor([13, 3, 12, 14, 7])
     y[1, :5] = torch.tensor([14, 3, 12, 13, 7])
@@ -359,16 +349,13 @@ def test_training_with_words_ends_and_its_file_goes_on(lat, language, tmp_path):
 
 @pytest.mark.parametrize("name, least", (("MNIST", 0.8), ("FashionMNIST", 0.5)))
 def test_shipped_words_obey_as_their_facts_say(lat, name, least, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    file, language = ROOT / f"assets/weights/words-{name.lower()}.pt", lat.Language(name)
-    facts = json.loads(file.with_suffix(".json").read_text())
-    assert facts["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    latent = lat.load_latent(ROOT / f"assets/weights/latent-{name.lower()}.pt")
-    painter = lat.load_words(file, latent, language)[0]
+    weights, language = ROOT / "assets/weights", lat.Language(name)
+    latent = lat.load_latent(weights / f"latent-{name.lower()}.pt")
+    painter = lat.load_words(weights / f"words-{name.lower()}.pt", latent, language)[0]
     x, kinds, _ = lat.load_data(name)
     values = torch.cat([language.measure(lat.scale(part)) for part in x[:6000].split(1000)])
     thresholds = lat.thresholds_of(values, kinds[:6000])
-    lat.yardstick = lat.load_classifier(name)
+    monkeypatch.setattr(lat, "yardstick", lat.load_classifier(name), raising=False)
     for things in (1, 2):
         found = lat.obeyed(painter, language, thresholds, lat.ask(language, 60, 9, things))
         assert found.pop("class") > 0.85 and min(found.values()) > least, found

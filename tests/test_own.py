@@ -13,34 +13,26 @@ COLOURS = {"circle": (220, 40, 40), "square": (40, 180, 60), "triangle": (50, 70
 def draw_shapes(folder, count, side=64):
     """count pictures of each shape in its colour on white, one subfolder for each."""
     place = torch.Generator().manual_seed(0)
-    for name, colour in COLOURS.items():
+    for (name, colour), corners in zip(COLOURS.items(), (40, 4, 3)):
         (folder / name).mkdir(parents=True)
         for i in range(count):
             size, x, y = torch.rand(3, generator=place).tolist()
-            size = side * (0.3 + 0.25 * size)
-            x, y = x * (side - size), y * (side - size)
+            radius = side * (0.15 + 0.12 * size)
+            x, y = (radius + u * (side - 2 * radius) for u in (x, y))
             picture = Image.new("RGB", (side, side), "white")
-            pen = ImageDraw.Draw(picture)
-            if name == "circle":
-                pen.ellipse((x, y, x + size, y + size), fill=colour)
-            elif name == "square":
-                pen.rectangle((x, y, x + size, y + size), fill=colour)
-            else:
-                pen.polygon((x, y + size, x + size, y + size, x + size / 2, y), fill=colour)
+            ImageDraw.Draw(picture).regular_polygon((x, y, radius), corners, fill=colour)
             picture.save(folder / name / f"{i:03}.png")
     return folder
 
 
 @pytest.mark.parametrize("name", ("MNIST", "FashionMNIST"))
-def test_known_data_sets_load_from_the_repository_and_fill_the_range(nb, name, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_known_data_sets_load_from_the_repository_and_fill_the_range(nb, name):
     for train, count in ((True, 60_000), (False, 10_000)):
         x, y, classes = nb.load_data(name, train)
         assert x.shape == (count, 1, 28, 28) and x.dtype == torch.uint8
         assert len(classes) == 10 and set(y.tolist()) == set(range(10))
         assert nb.scale(x[:1000]).min() == -1 and nb.scale(x[:1000]).max() == 1
-    kind = "train" if train else "t10k"
-    raw = gzip.open(ROOT / f"assets/data/{name}/raw/{kind}-labels-idx1-ubyte.gz").read()
+    raw = gzip.open(ROOT / f"assets/data/{name}/raw/t10k-labels-idx1-ubyte.gz").read()
     assert y.tolist() == list(raw[8:])
 
 

@@ -16,10 +16,7 @@ ONCE = {"setup", "train-first", "ideal-run", "flaw", "resume-check", "yardstick"
 
 
 def execute(name, folder, words={}, times=1):
-    """Run a notebook under smoke in a folder without network; returns all that it printed.
-
-    words: replacements in its code; times: how often each cell is run.
-    """
+    """Run a notebook under smoke, offline: all that it printed. words: replacements in code."""
     book = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     book.cells = [nbformat.v4.new_code_cell(cell.source, id=f"{cell.id}-{again}"[-60:])
                   for cell in book.cells if cell.cell_type == "code"

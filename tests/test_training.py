@@ -1,5 +1,4 @@
 """Settings, batches, the average, resume to the last bit, a kill inside a save."""
-import io
 import math
 import subprocess
 import sys
@@ -16,17 +15,13 @@ IMAGES = torch.randint(0, 256, (300, 1, 1, 1), dtype=torch.uint8, generator=torc
 LABELS = torch.arange(300) % 10
 
 
-# -------------------------------------------------------------------------- settings
-
 @pytest.mark.parametrize("name, value", (
     ("T", 49), ("steps", 0), ("lr", 0.0), ("lr", "fast"), ("label_drop", 1.5), ("batch", -1),
     ("schedule", "cosin"), ("predict", "noise"), ("widths", (32,)), ("ema_decay", -0.1),
     ("t_even", math.nan), ("blocks", 1.5), ("learning_rate", 1e-3)))
 def test_nonsense_is_refused_with_the_name_of_its_field(nb, name, value):
-    for make in (lambda: nb.Config(**{name: value}),
-                 lambda: nb.replace(nb.Config(), **{name: value})):
-        with pytest.raises((ValidationError, TypeError), match=name):
-            make()
+    with pytest.raises((ValidationError, TypeError), match=name):
+        nb.replace(nb.Config(), **{name: value})
 
 
 def test_settings_are_few_frozen_and_the_profiles_are_valid(nb):
@@ -35,8 +30,6 @@ def test_settings_are_few_frozen_and_the_profiles_are_valid(nb):
     with pytest.raises(Exception, match="lr"):
         nb.Config().lr = 1
 
-
-# --------------------------------------------------------------------------- batches
 
 def test_batch_is_a_function_of_seed_and_step(nb, tiny):
     torch.manual_seed(1)
@@ -92,8 +85,6 @@ def test_labels_are_dropped_for_each_picture(nb, tiny):
     assert 0.1 < shares.min() and shares.max() < 0.5, "never a whole batch"
 
 
-# ------------------------------------------------------------- loss, average, learning
-
 @pytest.mark.parametrize("kind", ("v", "eps", "x_0", "flow"))
 def test_loss_is_zero_for_the_right_answer_only(nb, kind):
     schedule, t = nb.make_schedule("cosine", 100), torch.tensor([1, 50, 100])
@@ -125,8 +116,6 @@ def test_learning_rate_warms_up_and_ends_at_zero(nb, tiny):
     assert factors[0] == pytest.approx(1 / 50, rel=0.01) and max(factors) > 0.99
     assert factors[1000] == 0 and all(a > b for a, b in zip(factors[60:], factors[61:]))
 
-
-# ----------------------------------------------------------------- resume, kill, nan
 
 def same(a, b):
     """True if two checkpoint contents are equal to the last bit."""
@@ -233,8 +222,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(nb, undisturbed
     assert len(saved["losses"]) == 50 and saved["losses"].isfinite().all()
 
 
-# ------------------------------------------------------------------------- type hints
-
 def shell_with(*ids: str) -> InteractiveShell:
     """An IPython shell, with the notebook's own magic, in which these cells were run."""
     shell = InteractiveShell.instance()
@@ -246,21 +233,18 @@ def shell_with(*ids: str) -> InteractiveShell:
     return shell
 
 
-def test_hints_refuse_a_wrong_shape_in_four_lines(monkeypatch):
-    said = io.StringIO()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", said)
-        shell = shell_with()
-        assert shell.run_cell("add_noise(x, t, x, circle)").success
-        for call, words in (("add_noise(x, t, x[0], circle)", ("add_noise", "eps")),
-                            ("add_noise(x, t.float(), x, circle)", ("add_noise", "t")),
-                            ("add_noise(x, t[:1], x, circle)", ("add_noise", "t")),
-                            ("scale(x)", ("scale", "x"))):
-            said.truncate(0)
-            assert not shell.run_cell(call).success, call
-            lines = said.getvalue().strip("\0\n").split("\n")
-            assert len(lines) <= 4 and all(len(line) < 400 for line in lines), lines
-            assert all(word in said.getvalue() for word in words), lines
+def test_hints_refuse_a_wrong_shape_in_four_lines(capsys):
+    shell = shell_with()
+    assert shell.run_cell("add_noise(x, t, x, circle)").success
+    capsys.readouterr()
+    for call, words in (("add_noise(x, t, x[0], circle)", ("add_noise", "eps")),
+                        ("add_noise(x, t.float(), x, circle)", ("add_noise", "t")),
+                        ("add_noise(x, t[:1], x, circle)", ("add_noise", "t")),
+                        ("scale(x)", ("scale", "x"))):
+        assert not shell.run_cell(call).success, call
+        said = capsys.readouterr().out.strip("\n")
+        assert said.count("\n") < 4 and max(map(len, said.split("\n"))) < 400, said
+        assert all(word in said for word in words), said
 
 
 def test_sampling_keeps_no_graph_where_hints_are_checked():

@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -64,18 +65,18 @@ def prepare(book: str, name: str) -> types.ModuleType:
 
 def where() -> dict:
     """Device, version and commit of a measurement."""
-    threads = torch.get_num_threads()
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in cpu.read_text().splitlines()
-             if line.startswith("model name")] if cpu.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True,
-                            capture_output=True, cwd=ROOT).stdout.strip()
+    threads, cpu = torch.get_num_threads(), Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.+)", cpu.read_text()) if cpu.exists() else []
+    commit, changed = (subprocess.run(["git", *words], text=True, capture_output=True,
+                                      cwd=ROOT).stdout.strip() for words in (
+        ("rev-parse", "--short", "HEAD"),
+        ("status", "--porcelain", "-uno", "--", "assets/tools", "*.ipynb")))
+    commit += "+" * bool(changed)  # made by a program that is in no commit
     many = "one thread" if threads == 1 else f"{threads} threads"
-    device = f"{many} of {(names or [platform.machine()])[0]}"
+    device = f"{many} of {[*names, platform.machine()][0]}"
     if torch.cuda.is_available():
         device = f"one {torch.cuda.get_device_name()}"
-    return {"device": device,
-            "torch": torch.__version__, "commit": commit}
+    return {"device": device, "torch": torch.__version__, "commit": commit}
 
 
 def keep(name: str, rows: list[dict], facts: dict | None = None) -> None:

@@ -89,7 +89,7 @@ def beta(nb: object, name: str) -> None:
 
 
 def gates(nb: object, name: str) -> None:
-    """Three gates from equal starts, five seeds, 500 steps."""
+    """Four gates from equal starts, five seeds, 500 steps."""
     rows = []
     for seed in SEEDS:
         for gate in nb.GATES:
@@ -209,4 +209,6 @@ def verdict(nb: object, name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     globals()[sys.argv[1]](prepare("latent_diffusion_cab", sys.argv[2]), sys.argv[2])

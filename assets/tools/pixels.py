@@ -7,10 +7,12 @@
     python assets/tools/pixels.py transformers DiT against the U-Net, pixels and latents
     python assets/tools/pixels.py likelihood   bits a pixel of the test pictures
 
-They write to assets/results, few to assets/weights, too. The first two take half an hour each
-on one thread, the others some minutes on a GPU, where there is one, and hours without.
+MNIST as a last word: on digits. They write to assets/results, few to assets/weights, too.
+The first two take half an hour each on one thread, the others some minutes on a GPU, where
+there is one, and hours without.
 """
 import base64
+import hashlib
 import json
 import sys
 import time
@@ -138,11 +140,13 @@ def pairs(nb: object) -> object:
     for step in range(cfg.steps):
         nb.train_step(run, nb.pair_batch(drawn, step, cfg), nb.on_device, cfg)
     half = {name: value.half().cpu() for name, value in run.ema.module.state_dict().items()}
-    torch.save({"config": json.dumps(asdict(cfg)), "ema": half},
-               f"assets/weights/few-{nb.name.lower()}.pt")
-    Path(f"assets/weights/few-{nb.name.lower()}.json").write_text(json.dumps(
-        where() | {"pairs": len(drawn[1]), "calls a pair": 40, "steps": cfg.steps,
-                   "batch": cfg.batch, "minutes": round((time.time() - begun) / 60, 1)}))
+    file = Path(f"assets/weights/few-{nb.name.lower()}.pt")
+    torch.save({"config": json.dumps(asdict(cfg)), "ema": half}, file)
+    file.with_suffix(".json").write_text(json.dumps(where() | {
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "data": f"{len(drawn[1]):,} noises and what the shipped weights draw from them",
+        "calls a pair": 40, "steps": cfg.steps, "batch": cfg.batch,
+        "minutes": round((time.time() - begun) / 60, 1)}, indent=1))
     return run
 
 
@@ -298,6 +302,8 @@ def likelihood(nb: object) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     rest = sys.argv[2:]
     globals()[sys.argv[1]](ready("MNIST" if "MNIST" in rest else "FashionMNIST"),
                            *[word for word in rest if word != "MNIST"])

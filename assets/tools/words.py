@@ -3,7 +3,7 @@
     python assets/tools/words.py weights|bag|verdict MNIST
 
 The notebook's own functions on one thread: half an hour for weights, ten minutes each for
-the bag, which is not shipped, and the verdict, which needs it.
+the bag, which is not shipped, and the verdict, which counts it if runs/ holds it.
 """
 import hashlib
 import json
@@ -134,4 +134,6 @@ def verdict(nb: object, name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     globals()[sys.argv[1]](prepare("latent_diffusion_cab", sys.argv[2]), sys.argv[2])
