@@ -240,7 +240,7 @@ def few(nb: object, *methods: str) -> None:
         keep(f"few-{nb.name.lower()}", rows)
 
 
-def transformers(nb: object, *seeds: str) -> None:
+def transformers(nb: object, lr: str = "3e-3", *seeds: str) -> None:
     """DiT against the U-Net: 6000 steps of 128, on pixels and on the shipped latents."""
     lat = load_definitions("latent_diffusion_cab")
     lat.images, lat.labels = nb.images, nb.labels
@@ -253,14 +253,14 @@ def transformers(nb: object, *seeds: str) -> None:
     file, rows = Path("assets/results/transformers.json"), []
     if file.exists():
         rows = json.loads(file.read_text())["rows"]
-    for seed in map(int, seeds or "012"):
+    for seed in map(int, seeds or "01234"):
         for (space, name), network in cases.items():
             if any((row["space"], row["network"], row["seed"], row["lr"])
-                   == (space, name, seed, 3e-3) for row in rows):
+                   == (space, name, seed, float(lr)) for row in rows):
                 continue
             own, x = (lat, z) if space == "latents" else (nb, nb.images)
             size = {"widths": (64, 128), "blocks": 1} if space == "latents" else {}
-            cfg = own.Config(batch=128, steps=6000, seed=seed, **size)
+            cfg = own.Config(batch=128, steps=6000, seed=seed, lr=float(lr), **size)
             run = own.Run(cfg, x.shape[1], network)
             own.train(run, x, nb.labels, cfg, Path(f"runs/transformer-{seed}.pt"),
                       save_every=10**9)
