@@ -48,6 +48,12 @@ def tiny(nb):
     return nb.Config(widths=(8, 16), blocks=1, heads=4, batch=16, steps=10, warmup=2, T=50)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """No test fails by chance."""
+    torch.manual_seed(0)
+
+
 def needed(program: str | None, name: str) -> None:
     """Without a program its tests are skipped, but fail where the project's checks run."""
     if not program:
