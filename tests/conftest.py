@@ -50,7 +50,7 @@ def tiny(nb):
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """No test fails by chance."""
+    """Every test begins at the same random numbers."""
     torch.manual_seed(0)
 
 

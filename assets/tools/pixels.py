@@ -4,7 +4,8 @@
     python assets/tools/pixels.py more         what 2, 5, 10 and 30 minutes of training give
     python assets/tools/pixels.py verdict      a sampler chosen on held-out pictures, and judged
     python assets/tools/pixels.py few          students of few calls; few matching: one of them
-    python assets/tools/pixels.py transformers DiT against the U-Net, pixels and latents
+    python assets/tools/pixels.py transformers DiT against the U-Net; transformers 1e-3 0 1:
+                                               another learning rate, two of the seeds
     python assets/tools/pixels.py likelihood   bits a pixel of the test pictures
 
 MNIST as a last word: on digits. They write to assets/results, few to assets/weights, too.
